@@ -1,0 +1,221 @@
+"""The bank record (``bank.json``), commits and work items.
+
+Owns their fields and nothing else: what they mean on disk is written down in
+``docs/architecture.md``; ``pipeline.bank`` reads and writes them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from manifests.job import Strict
+
+BANK_SCHEMA = 1
+ROWS_TEACHER = "rows"
+
+
+class ShardEntry(Strict):
+    """A shard in the bank's append-only table: its identity and the blocks it owns."""
+
+    name: str
+    url: str
+    size_bytes: int
+    tag: str | None = None
+    modified: str | None = None
+    headers_sha256: str
+    samples: int
+    sequential: bool = False
+    damage: str | None = None
+    faults: int = Field(0, description="things in it that got no row")
+    part: str = Field(description="dataset/<part>.parquet holds its rows")
+    first_block: int
+    blocks: int
+    retired: bool = Field(False, description="its bytes changed; a later entry holds them")
+
+
+class InputEntry(Strict):
+    """An input as the bank knows it: its job entry and what was decided about it."""
+
+    config: dict[str, Any]
+    metadata: str | None = None
+    view0: Literal["full", "square"] | None = Field(
+        None, description="box of the evaluation view of an image"
+    )
+    aspect: float = Field(1.0, description="width over height of view 0's box, typical")
+
+
+class OutputEntry(Strict):
+    """One output at one size in one group, as stored."""
+
+    name: str
+    size: str
+    kind: Literal["vector", "grid"]
+    shape: tuple[int, ...]
+    dtype: str
+    norm: str | None = None
+    source: str = ""
+    definition: dict[str, Any] = Field(description="what of the job defines its values")
+    encoding: dict[str, Any]
+    arrays: tuple[dict[str, Any], ...]
+
+
+class PassEntry(Strict):
+    """One teacher on one group for a range of views: the unit of provenance.
+
+    The pass of ``rows`` holds what is known of every sample: sizes, labels, calibration.
+    """
+
+    id: str
+    teacher: str
+    group: str = ""
+    inputs: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    first_view: int = 0
+    last_view: int = 0
+    batch: int = 0
+    outputs: tuple[OutputEntry, ...] = ()
+    teacher_fingerprint: str
+    fingerprint: str
+    request: dict[str, Any] = Field(
+        default_factory=dict, description="resolved job entry that a worker rebuilds from"
+    )
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def views(self) -> range:
+        """Numbers of the views it covers."""
+        return range(self.first_view, self.last_view + 1)
+
+
+class BankState(Strict):
+    """What finalise found: the bank is whole when every committed count is complete."""
+
+    complete: bool
+    rows: int = Field(description="samples with a row, retired shards left out")
+    committed_blocks: dict[str, int]
+    valid: dict[str, int]
+    invalid: dict[str, dict[str, int]]
+    damaged_shards: dict[str, str] = Field(default_factory=dict)
+
+
+class BankRecord(Strict):
+    """``bank.json``."""
+
+    schema_version: int = BANK_SCHEMA
+    created_by: str
+    dataset: dict[str, Any]
+    job: dict[str, Any] = Field(description="the job that last touched it, resolved")
+    inputs: dict[str, InputEntry]
+    labels: dict[str, dict[str, Any]]
+    views: dict[str, Any] = Field(description="the policy that draws views")
+    num_views: int
+    block_rows: int
+    shards: tuple[ShardEntry, ...]
+    passes: tuple[PassEntry, ...]
+    requests: dict[str, tuple[str, ...]] = Field(
+        default_factory=dict, description="digest of a teacher's request to its passes"
+    )
+    state: BankState | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks, retired shards included: rows are never given twice."""
+        return sum(shard.blocks for shard in self.shards)
+
+    @property
+    def num_rows(self) -> int:
+        """Length of the sample axis, padding included."""
+        return self.num_blocks * self.block_rows
+
+    def pass_by_id(self, pass_id: str) -> PassEntry:
+        """Returns one pass; KeyError where there is none of that id."""
+        return next(entry for entry in self.passes if entry.id == pass_id)
+
+
+class CommitContent(Strict):
+    """What a block of a pass is; equal for equal attempts."""
+
+    pass_id: str
+    fingerprint: str
+    block: int
+    shard: str
+    rows: int
+    valid: int
+    invalid: dict[str, tuple[int, ...]] = Field(
+        description="reason code to the rows of the block it holds for"
+    )
+    objects: dict[str, tuple[int, int]] = Field(
+        description="path in the bank to (size in bytes, crc32c)"
+    )
+
+
+class Commit(Strict):
+    """``commits/<pass>/<block>.json``: the small record that makes a block exist."""
+
+    content: CommitContent
+    timing: dict[str, float] = Field(default_factory=dict)
+
+
+class BlockSpan(Strict):
+    """One block of a work item: which rows of the shard, and where they lie in it."""
+
+    block: int
+    first_row: int
+    num_rows: int
+    start: int
+    end: int
+    first_key: str
+
+
+class WorkItem(Strict):
+    """A run of consecutive blocks of one shard and the passes they still lack."""
+
+    shard: str
+    url: str
+    sequential: bool
+    passes: tuple[str, ...]
+    blocks: tuple[BlockSpan, ...]
+    refused: dict[int, str] = Field(
+        default_factory=dict, description="row of the shard to why it is refused"
+    )
+
+    @property
+    def num_rows(self) -> int:
+        """Samples in it."""
+        return sum(span.num_rows for span in self.blocks)
+
+
+class WorkResult(Strict):
+    """What one work item did: small, summable, and all that crosses a shuffle."""
+
+    items: int = 0
+    blocks: int = 0
+    samples: int = 0
+    valid: dict[str, int] = Field(default_factory=dict)
+    invalid: dict[str, int] = Field(default_factory=dict)
+    bytes_read: int = 0
+    bytes_written: int = 0
+    objects: int = 0
+    seconds: dict[str, float] = Field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+
+    def plus(self, other: WorkResult) -> WorkResult:
+        """Returns the sum of two results; failures are kept once, sorted."""
+
+        def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+            return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({*a, *b})}
+
+        return WorkResult(
+            items=self.items + other.items,
+            blocks=self.blocks + other.blocks,
+            samples=self.samples + other.samples,
+            valid=add(self.valid, other.valid),
+            invalid=add(self.invalid, other.invalid),
+            bytes_read=self.bytes_read + other.bytes_read,
+            bytes_written=self.bytes_written + other.bytes_written,
+            objects=self.objects + other.objects,
+            seconds=add(self.seconds, other.seconds),
+            failures=tuple(sorted({*self.failures, *other.failures})),
+        )

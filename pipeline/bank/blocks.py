@@ -1,0 +1,185 @@
+"""Reading features: whole blocks, one request each, checked, into reused memory.
+
+``read_block`` is the one seam through which features are read; whatever engine is
+behind it can change without a caller noticing. A thread keeps one buffer as large as
+the largest
+object it has read from a local disk: fresh memory costs more than the copy into it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from manifests.errors import BankError
+from manifests.storage import Store, explain
+from pipeline.bank.arrays import ArraySpec, object_name
+from pipeline.bank.encodings import Encoding
+from pipeline.bank.objects import ScatteredObject, decode_object
+
+Expected = Callable[[int, int], tuple[int, int] | None]
+
+# Buffers that one preadv takes (IOV_MAX of Linux and macOS).
+_MAX_BUFFERS = 1024
+
+_reused = threading.local()
+
+
+@dataclass(frozen=True)
+class BankArray:
+    """One array of a bank, with what its commits say of its objects.
+
+    Attributes:
+        store: the Zarr root, ``features.zarr``.
+        spec: the array.
+        expected: from (block, view) to the committed (size in bytes, crc32c) of the
+            object, or None where the block has no commit.
+    """
+
+    store: Store
+    spec: ArraySpec
+    expected: Expected
+
+
+def read_block(
+    array: BankArray,
+    block: int,
+    view: int = 0,
+    *,
+    out: npt.NDArray[Any] | None = None,
+) -> npt.NDArray[Any]:
+    """Returns the stored values of one block and view, fetched in one request.
+
+    Args:
+        array: which array of which bank.
+        block: number of the block in the bank.
+        view: number of the view; 0 for an array without views.
+        out: (block_rows, *row_shape) of the stored type to decode into, C-contiguous; a
+            new array where omitted. A trainer reuses (pinned) ones.
+
+    Returns:
+        (block_rows, *row_shape), as stored; rows that are missing hold the fill value.
+
+    Raises:
+        BankError: the block is not committed, or its object is gone, of another size
+            than committed, or damaged. ``out`` may then hold some of its rows.
+        StorageError: the store cannot be read.
+    """
+    committed = array.expected(block, view)
+    if committed is None:
+        raise BankError(
+            "block must be committed to be read, got no commit "
+            f"({_where(array, block, view)}); run precompute to make it"
+        )
+    size_bytes, _ = committed
+    if out is None:
+        spec = array.spec
+        out = np.empty((spec.block_rows, *spec.row_shape), spec.numpy_dtype)
+    try:
+        if array.store.local_root is not None:
+            return _read_local(array, block, view, size_bytes, out)
+        data = array.store.read_or_none(object_name(array.spec, block, view))
+        _check_size(None if data is None else len(data), size_bytes)
+        assert data is not None
+        return decode_object(data, array.spec, out)
+    except BankError as error:
+        raise BankError(f"{error} ({_where(array, block, view)})") from error
+
+
+def read_values(
+    encoding: Encoding, arrays: Mapping[str, BankArray], block: int, view: int = 0
+) -> npt.NDArray[np.float32]:
+    """Returns one output's decoded values of one block and view.
+
+    Args:
+        encoding: how the output is stored.
+        arrays: from each of ``encoding.suffixes`` to its array.
+        block: number of the block in the bank.
+        view: number of the view.
+
+    Returns:
+        (block_rows, *shape of the output) float32; rows that are missing are NaN.
+
+    Raises:
+        BankError: as ``read_block``, or the stored values contradict the encoding.
+        StorageError: the store cannot be read.
+    """
+    return encoding.decode(
+        {
+            suffix: read_block(arrays[suffix], block, view)
+            for suffix in encoding.suffixes
+        }
+    )
+
+
+def _where(array: BankArray, block: int, view: int) -> str:
+    return f"array {array.spec.path}, block {block}, view {view}"
+
+
+def _check_size(size_bytes: int | None, expected_bytes: int) -> None:
+    if size_bytes != expected_bytes:
+        got = "no object" if size_bytes is None else f"{size_bytes} bytes"
+        raise BankError(
+            f"object must have the committed {expected_bytes} bytes, got {got}; "
+            "run precompute --repair"
+        )
+
+
+def _read_local(
+    array: BankArray, block: int, view: int, size_bytes: int, out: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    spec, name = array.spec, object_name(array.spec, block, view)
+    assert array.store.local_root is not None
+    try:
+        handle = os.open(array.store.local_root / name, os.O_RDONLY)
+    except FileNotFoundError:
+        _check_size(None, size_bytes)
+        raise
+    except OSError as error:
+        raise explain(error, "read", array.store.url_of(name)) from error
+    try:
+        _check_size(os.fstat(handle).st_size, size_bytes)
+        scattered = ScatteredObject.plan(size_bytes, spec, out)
+        if scattered is not None:
+            _read_into(handle, scattered.buffers)
+            if scattered.check():
+                return out
+        buffer = _buffer(size_bytes)
+        _read_into(handle, [buffer])
+        return decode_object(buffer, spec, out)
+    except OSError as error:
+        raise explain(error, "read", array.store.url_of(name)) from error
+    finally:
+        os.close(handle)
+
+
+def _buffer(size_bytes: int) -> memoryview:
+    """Returns this thread's buffer, cut to size; valid until the thread's next call."""
+    kept: bytearray | None = getattr(_reused, "buffer", None)
+    if kept is None or len(kept) < size_bytes:
+        kept = _reused.buffer = bytearray(size_bytes)
+    return memoryview(kept)[:size_bytes]
+
+
+def _read_into(handle: int, buffers: Sequence[memoryview]) -> None:
+    """Fills the buffers in order with a file's bytes from its start.
+
+    Raises:
+        BankError: the file ends before they are full: it was cut since it was opened.
+    """
+    offset, pending = 0, list(buffers)
+    while pending:
+        num_read = os.preadv(handle, pending[:_MAX_BUFFERS], offset)
+        if num_read == 0:
+            raise BankError(f"object ends at byte {offset} while it is read")
+        offset += num_read
+        while pending and num_read >= pending[0].nbytes:
+            num_read -= pending.pop(0).nbytes
+        if num_read:
+            pending[0] = pending[0][num_read:]

@@ -1,0 +1,56 @@
+"""The bank's card: README.md for whoever is handed the bank."""
+
+from __future__ import annotations
+
+from manifests.bank import BankRecord
+from pipeline.bank import layout
+
+
+def render_card(url: str, record: BankRecord) -> str:
+    """Returns the card as Markdown; equal for equal banks."""
+    state = record.state
+    assert state is not None
+    lines = [
+        f"# Feature bank {url.rstrip('/').rsplit('/', 1)[-1]}",
+        "",
+        f"{state.rows:,} samples of {len(record.shards):,} shards, {record.num_views} "
+        f"view(s), blocks of {record.block_rows} rows. "
+        + ("Complete." if state.complete else "**Not complete: run the same job again.**"),
+        "",
+        f"Data licence: {record.dataset.get('license') or 'not stated'}.",
+        "",
+        "| teacher | model | inputs | valid rows | licence of the weights | sha256 |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in record.passes:
+        if not entry.outputs:
+            continue
+        weights = entry.provenance["weights"]
+        sha = weights["sha256"][:12] or f"random, seed {weights['seed']}"
+        lines.append(
+            f"| {entry.teacher} | {entry.request['model']} | {', '.join(entry.inputs)} | "
+            f"{state.valid[entry.id]:,} | {entry.provenance.get('license') or 'not stated'}"
+            f" | {sha} |"
+        )
+    lines += ["", "| array (sample, view, ...) | shape of a row | encoding | dtype |"]
+    lines += ["| --- | --- | --- | --- |"]
+    for path, _, output in layout.outputs(record):
+        shape = " x ".join(str(length) for length in output.shape)
+        lines.append(
+            f"| {path} | {shape} | {output.encoding['encoding']} | {output.dtype} |"
+        )
+    lines += [
+        "",
+        "Open it with anything that reads Zarr v3:",
+        "",
+        "```python",
+        "import xarray as xr",
+        f'tree = xr.open_datatree("{url}/features.zarr", engine="zarr", consolidated=False)',
+        "```",
+        "",
+        "Row i belongs to `key[i]`; rows where `valid` is false hold each array's fill "
+        "value. `index/` has a line per row with shard, key and the reason where a row is "
+        "not valid; `bank.json` says which weights and which preprocessing made it.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,116 @@
+"""Commits: the small records that make blocks exist, and ``blocks.parquet`` from them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manifests.bank import Commit, CommitContent
+from manifests.errors import BankError
+from manifests.loading import load_json
+from manifests.storage import Store
+
+BLOCKS_PATH = "blocks.parquet"
+_READERS = 16
+_SCHEMA = pa.schema(
+    [
+        ("pass", pa.string()),
+        ("block", pa.int64()),
+        ("shard", pa.string()),
+        ("rows", pa.int32()),
+        ("valid", pa.int32()),
+        ("objects", pa.list_(pa.string())),
+        ("size_bytes", pa.list_(pa.int64())),
+        ("crc32c", pa.list_(pa.int64())),
+    ]
+)
+
+
+def commit_path(pass_id: str, block: int) -> str:
+    """Returns where the commit of one block of one pass lies in the bank."""
+    return f"commits/{pass_id}/{block:08d}.json"
+
+
+def write_commit(store: Store, commit: Commit) -> bool:
+    """Writes a commit create-only; returns False where the block was committed already."""
+    content = commit.content
+    text = json.dumps(commit.model_dump(mode="json"), separators=(",", ":"))
+    return store.create(commit_path(content.pass_id, content.block), text.encode())
+
+
+def list_commits(store: Store, pass_id: str) -> set[int]:
+    """Returns the blocks of a pass that are committed, by listing their names."""
+    blocks = set()
+    for path, _ in store.list(f"commits/{pass_id}"):
+        name = path.rsplit("/", 1)[-1]
+        if name.endswith(".json") and name[:-5].isdigit():
+            blocks.add(int(name[:-5]))
+    return blocks
+
+
+def read_commits(
+    store: Store, pass_id: str, blocks: Sequence[int]
+) -> Iterator[CommitContent]:
+    """Yields the content of commits in the order of ``blocks``.
+
+    Raises:
+        BankError: a commit is unreadable or speaks of another block.
+    """
+
+    def read(block: int) -> CommitContent:
+        path = commit_path(pass_id, block)
+        content = load_json(Commit, store.read(path), store.url_of(path)).content
+        if (content.pass_id, content.block) != (pass_id, block):
+            raise BankError(
+                f"{store.url_of(path)} speaks of {content.pass_id} block {content.block}; "
+                "it was moved or edited, restore it or run `precompute --repair`"
+            )
+        return content
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(blocks), 1024):
+            yield from pool.map(read, blocks[start : start + 1024])
+
+
+def encode_blocks(contents: Iterable[CommitContent]) -> bytes:
+    """Returns ``blocks.parquet`` for commits given in order of pass and block."""
+    columns: dict[str, list[object]] = {name: [] for name in _SCHEMA.names}
+    for content in contents:
+        paths = sorted(content.objects)
+        columns["pass"].append(content.pass_id)
+        columns["block"].append(content.block)
+        columns["shard"].append(content.shard)
+        columns["rows"].append(content.rows)
+        columns["valid"].append(content.valid)
+        columns["objects"].append(paths)
+        columns["size_bytes"].append([content.objects[path][0] for path in paths])
+        columns["crc32c"].append([content.objects[path][1] for path in paths])
+    sink = io.BytesIO()
+    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def read_blocks(store: Store) -> pa.Table:
+    """Returns ``blocks.parquet``: a line per (pass, block) with its objects.
+
+    Raises:
+        BankError: the bank was never finalised.
+    """
+    data = store.read_or_none(BLOCKS_PATH)
+    if data is None:
+        raise BankError(
+            f"bank {store.url} has no {BLOCKS_PATH}: it was never finalised; run the same "
+            "`teachonce precompute` again to finish it"
+        )
+    try:
+        return pq.read_table(io.BytesIO(data))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise BankError(
+            f"{store.url_of(BLOCKS_PATH)} is damaged ({error}); run the same "
+            "`teachonce precompute` again, it is made anew from the commits"
+        ) from error

@@ -1,0 +1,142 @@
+"""Opening a bank to read it: what exists, and features by block.
+
+Never lists: ``bank.json`` and ``blocks.parquet`` say what exists; a block that was
+committed after the last finalise is asked for by its commit's name.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from manifests.bank import BankRecord, OutputEntry, PassEntry
+from manifests.errors import BankError, StorageError
+from manifests.storage import Store
+from pipeline.bank import layout
+from pipeline.bank.arrays import ArraySpec, object_name
+from pipeline.bank.blocks import BankArray, read_values
+from pipeline.bank.commits import read_blocks, read_commits
+from pipeline.bank.encodings import encoding_from_json
+from pipeline.bank.record import FEATURES, open_record
+
+
+def open_bank(url: str) -> Bank:
+    """Returns the bank at a path or any fsspec URL.
+
+    Raises:
+        BankError: there is none, or it was made by a newer TeachOnce.
+    """
+    return Bank(*open_record(url))
+
+
+class Bank:
+    """A bank to read from.
+
+    Attributes:
+        record: everything ``bank.json`` says.
+    """
+
+    def __init__(self, store: Store, record: BankRecord) -> None:
+        self.record = record
+        self._store = store
+        self._features = Store(store.url_of(FEATURES))
+        self._outputs: dict[str, list[tuple[PassEntry, OutputEntry]]] = {}
+        for entry in record.passes:
+            for output in entry.outputs:
+                path = f"{layout.level_path(entry, output.size)}/{output.name}"
+                self._outputs.setdefault(path, []).append((entry, output))
+        self._committed: dict[str, dict[str, tuple[int, int]]] | None = None
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Paths of the outputs: ``<teacher>/<group>/<size>/<output>``."""
+        return tuple(self._outputs)
+
+    def output(self, path: str) -> OutputEntry:
+        """Returns what the bank says of one output.
+
+        Raises:
+            BankError: it has none of that path; those it has are named.
+        """
+        if path not in self._outputs:
+            raise BankError(
+                f"bank {self._store.url} has no output {path!r}; it has "
+                f"{', '.join(self._outputs) or 'none'}"
+            )
+        return self._outputs[path][0][1]
+
+    def _sizes(self, pass_id: str) -> dict[str, tuple[int, int]]:
+        if self._committed is None:
+            self._committed = {entry.id: {} for entry in self.record.passes}
+            if self.record.state is not None:
+                table = read_blocks(self._store).to_pydict()
+                for name, paths, sizes, crcs in zip(
+                    table["pass"],
+                    table["objects"],
+                    table["size_bytes"],
+                    table["crc32c"],
+                    strict=True,
+                ):
+                    found = zip(sizes, crcs, strict=True)
+                    self._committed[name] |= dict(zip(paths, found, strict=True))
+        return self._committed[pass_id]
+
+    def array(self, path: str, suffix: str = "") -> BankArray:
+        """Returns one stored array of an output, for ``read_block``.
+
+        Args:
+            path: of the output.
+            suffix: of the array, for encodings that have several (``_value``, ...).
+        """
+        entry = self.output(path)
+        suffixes = encoding_from_json(entry.encoding).suffixes
+        if suffix not in suffixes:
+            raise BankError(
+                f"output {path} has no array with suffix {suffix!r}, it has {suffixes}"
+            )
+        spec = ArraySpec.from_json(entry.arrays[suffixes.index(suffix)])
+        passes = [one for one, _ in self._outputs[path]]
+
+        def expected(block: int, view: int) -> tuple[int, int] | None:
+            name = f"{FEATURES}/{object_name(spec, block, view)}"
+            for one in passes:
+                if view not in one.views:
+                    continue
+                sizes = self._sizes(one.id)
+                if name not in sizes:
+                    try:
+                        content = next(read_commits(self._store, one.id, [block]))
+                    except StorageError:
+                        continue
+                    sizes |= content.objects
+                if name in sizes:
+                    return sizes[name]
+            return None
+
+        return BankArray(self._features, spec, expected)
+
+    def read(self, path: str, block: int, view: int = 0) -> npt.NDArray[np.float32]:
+        """Returns decoded values of one output, block and view; missing rows are NaN.
+
+        Returns:
+            (block_rows, *shape) float32.
+
+        Raises:
+            BankError: the block is not committed or its object is damaged.
+        """
+        encoding = encoding_from_json(self.output(path).encoding)
+        arrays = {suffix: self.array(path, suffix) for suffix in encoding.suffixes}
+        return read_values(encoding, arrays, block, view)
+
+    def rows(self) -> Iterator[dict[str, object]]:
+        """Yields a mapping per row: shard, key, row, block, offset, labels, validity."""
+        num_parts = -(-max(self.record.num_rows, 1) // 2**20)
+        for part in range(num_parts):
+            path = f"index/part-{part:05d}.parquet"
+            data = self._store.read_or_none(path)
+            if data is not None:
+                yield from pq.read_table(io.BytesIO(data)).to_pylist()

@@ -1,0 +1,176 @@
+"""Statistics of every output, from a deterministic sample of rows read back.
+
+No extra pass of a teacher and nothing in the data flow: equal banks give equal bytes,
+whatever ran them. Taken from view 0, valid rows only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from manifests.bank import BankRecord, OutputEntry, PassEntry
+from manifests.storage import Store
+from pipeline.bank import layout, statistics
+from pipeline.bank.arrays import ArraySpec, object_name
+from pipeline.bank.commits import read_commits
+from pipeline.bank.encodings import encoding_from_json
+from pipeline.bank.objects import decode_object
+from pipeline.bank.record import FEATURES
+
+MAX_COVARIANCE_CHANNELS = 4096
+_NO_COVARIANCE = frozenset({"logits"})
+
+
+class OutputSample:
+    """The vectors of one output that its statistics are made of; iterated as often as
+    needed, in row order.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        output: OutputEntry,
+        view: int,
+        blocks: np.ndarray,
+        valid: np.ndarray,
+    ) -> None:
+        """Takes (blocks,) committed block numbers and their (blocks, block_rows) validity."""
+        self._store = store
+        self._encoding = encoding_from_json(output.encoding)
+        self._specs = [ArraySpec.from_json(data) for data in output.arrays]
+        self._output = output
+        self._view = view
+        self._blocks = blocks
+        self._valid = valid
+        is_grid = output.kind == "grid"
+        limit = statistics.NUM_GRID_ROWS if is_grid else statistics.NUM_VECTORS
+        rows = min(spec.chunk_rows for spec in self._specs)
+        self._chunk_rows = rows
+        self._chunks = statistics.choose_chunks(valid, rows, limit)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields (n, channels) float32, a chunk of rows at a time."""
+        data: dict[str, bytes] = {}
+        current = -1
+        for position, chunk in self._chunks:
+            block = int(self._blocks[position])
+            if position != current:
+                data = {
+                    spec.path: self._store.read(
+                        f"{FEATURES}/{object_name(spec, block, self._view)}"
+                    )
+                    for spec in self._specs
+                }
+                current = position
+            rows = slice(chunk * self._chunk_rows, (chunk + 1) * self._chunk_rows)
+            stored = {
+                suffix: decode_object(data[spec.path], spec, rows=rows)
+                for suffix, spec in zip(
+                    self._encoding.suffixes, self._specs, strict=True
+                )
+            }
+            keep = self._valid[position][rows]
+            values = self._encoding.decode(stored)[keep]
+            if self._output.kind == "grid":
+                numbers = block * self._valid.shape[1] + rows.start + np.flatnonzero(keep)
+                yield _cells(values, numbers)
+            else:
+                yield values
+
+
+def _cells(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Returns the chosen cells of (n, H, W, C) grids as (n * cells, C)."""
+    count, height, width, channels = values.shape
+    flat = values.reshape(count, height * width, channels)
+    chosen = statistics.choose_cells(rows.astype(np.int64), height * width)
+    picked: np.ndarray = np.take_along_axis(flat, chosen[:, :, None], axis=1)
+    return picked.reshape(-1, channels)
+
+
+def compute(sample: OutputSample, channels: int, covariance: bool) -> dict[str, np.ndarray]:
+    """Returns mean, variance, covariance, mean direction, dispersion and count."""
+    moments = statistics.Moments(channels, covariance=covariance)
+    for vectors in sample:
+        moments.update(vectors)
+    total, count = 0.0, 0
+    direction = moments.mean_direction
+    if np.isfinite(direction).all():
+        for vectors in sample:
+            angles, num = statistics.angle_dispersion(vectors, direction)
+            total, count = total + angles, count + num
+    dispersion = total / count if count else math.nan
+    return dict(moments.to_arrays(dispersion))
+
+
+def write_statistics(
+    store: Store, record: BankRecord, committed: Mapping[str, set[int]]
+) -> None:
+    """Writes ``<level>/stats/<output>_<what>`` for every output that decodes to vectors.
+
+    Only for the holder of the bank's lock.
+    """
+    retired = {
+        block
+        for shard in record.shards
+        if shard.retired
+        for block in range(shard.first_block, shard.first_block + shard.blocks)
+    }
+    masks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for path, entry, output in layout.outputs(record):
+        if output.encoding["encoding"] == "topk":
+            continue
+        if entry.id not in masks:
+            masks[entry.id] = _valid_rows(store, record, entry, committed, retired)
+        blocks, valid = masks[entry.id]
+        sample = OutputSample(store, output, entry.first_view, blocks, valid)
+        channels = output.shape[-1]
+        covariance = (
+            output.name not in _NO_COVARIANCE and channels <= MAX_COVARIANCE_CHANNELS
+        )
+        level, _, name = path.rpartition("/")
+        for what, values in compute(sample, channels, covariance).items():
+            _write(store, f"{FEATURES}/{level}/stats/{name}_{what}", name, values)
+
+
+def _valid_rows(
+    store: Store,
+    record: BankRecord,
+    entry: PassEntry,
+    committed: Mapping[str, set[int]],
+    retired: set[int],
+) -> tuple[np.ndarray, np.ndarray]:
+    blocks = sorted(committed[entry.id] - retired)
+    valid = np.zeros((len(blocks), record.block_rows), np.bool_)
+    for number, content in enumerate(read_commits(store, entry.id, blocks)):
+        valid[number, : content.rows] = True
+        for rows in content.invalid.values():
+            valid[number, list(rows)] = False
+    return np.asarray(blocks, np.int64), valid
+
+
+def _write(store: Store, path: str, output: str, values: np.ndarray) -> None:
+    names = [f"{output}_channel", f"{output}_channel_2"][: values.ndim]
+    written: dict[str, Any] = {}
+    array = zarr.create_array(
+        MemoryStore(written),
+        shape=values.shape,
+        chunks=values.shape,
+        dtype=values.dtype,
+        fill_value="NaN" if values.dtype.kind == "f" else 0,
+        filters=(),
+        compressors=(ZstdCodec(level=1), Crc32cCodec()),
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=names,
+        config={"write_empty_chunks": True},
+        zarr_format=3,
+    )
+    array[...] = values
+    for key, data in sorted(written.items()):
+        store.replace(f"{path}/{key}", data.to_bytes())

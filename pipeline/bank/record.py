@@ -1,0 +1,56 @@
+"""``bank.json``: reading it with care, writing it whole."""
+
+from __future__ import annotations
+
+import json
+
+from manifests.bank import BANK_SCHEMA, BankRecord
+from manifests.errors import BankError
+from manifests.loading import load_json
+from manifests.storage import Store
+
+RECORD_PATH = "bank.json"
+FEATURES = "features.zarr"
+
+
+def read_record(store: Store) -> BankRecord | None:
+    """Returns the record of the bank in ``store``, or None where there is none yet.
+
+    Raises:
+        BankError: it was made by a newer TeachOnce, or something else lies there.
+        ManifestError: it is damaged.
+    """
+    text = store.read_or_none(RECORD_PATH)
+    if text is None:
+        return None
+    try:
+        version = json.loads(text).get("schema_version")
+    except (ValueError, AttributeError) as error:
+        raise BankError(
+            f"{store.url_of(RECORD_PATH)} is not a bank record ({error}); restore it "
+            "from a copy, everything else of the bank is still there"
+        ) from error
+    if not isinstance(version, int) or version > BANK_SCHEMA:
+        raise BankError(
+            f"bank {store.url} has schema version {version}, this TeachOnce reads up to "
+            f"{BANK_SCHEMA}; install a newer one"
+        )
+    return load_json(BankRecord, text, store.url_of(RECORD_PATH))
+
+
+def open_record(url: str) -> tuple[Store, BankRecord]:
+    """Returns store and record of an existing bank; raises BankError where none is."""
+    store = Store(url)
+    record = read_record(store)
+    if record is None:
+        raise BankError(
+            f"no bank at {url} (bank.json is missing); check the path, or make one with "
+            "`teachonce precompute JOB.yaml`"
+        )
+    return store, record
+
+
+def write_record(store: Store, record: BankRecord) -> None:
+    """Replaces the record; only for the holder of the bank's lock."""
+    text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
+    store.replace(RECORD_PATH, text.encode() + b"\n")

@@ -1,0 +1,127 @@
+"""Row facts: what decoding a sample tells besides its pixels, one small object a block.
+
+Sizes, point counts, labels, calibration, and per input the reason why it is unusable.
+Workers write a Parquet object per block; finalise turns them into row arrays.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manifests.bank import InputEntry
+from manifests.errors import BankError
+
+MAX_REASON_LENGTH = 300
+
+
+@dataclass
+class RowFacts:
+    """What is known of one sample.
+
+    Attributes:
+        sizes: (height, width) of the upright image, by input.
+        points: number of points of the sweep, by input.
+        reasons: ``code: detail`` of inputs that cannot be used.
+        labels: value by label, for those that are there and sound.
+        label_reasons: ``code: detail`` of those that are not.
+        intrinsics: (3, 3) by input; lidar2cam: (4, 4) by input.
+        calibration_reasons: ``code: detail`` where calibration was asked and is not there.
+    """
+
+    sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    points: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    labels: dict[str, int | float] = field(default_factory=dict)
+    label_reasons: dict[str, str] = field(default_factory=dict)
+    intrinsics: dict[str, np.ndarray] = field(default_factory=dict)
+    lidar2cam: dict[str, np.ndarray] = field(default_factory=dict)
+    calibration_reasons: dict[str, str] = field(default_factory=dict)
+
+
+def object_path(pass_id: str, block: int) -> str:
+    """Returns where the row facts of one block lie in the bank."""
+    return f"rows/{pass_id}/{block:08d}.parquet"
+
+
+def _columns(
+    inputs: Mapping[str, InputEntry], labels: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[str, pa.DataType]]:
+    columns: list[tuple[str, pa.DataType]] = []
+    for name, entry in inputs.items():
+        if entry.config["kind"] == "image":
+            columns += [(f"{name}.height", pa.int32()), (f"{name}.width", pa.int32())]
+            if entry.config.get("calibration"):
+                columns += [
+                    (f"{name}.intrinsics", pa.list_(pa.float64(), 9)),
+                    (f"{name}.lidar2cam", pa.list_(pa.float64(), 16)),
+                    (f"{name}.calibration_reason", pa.string()),
+                ]
+        else:
+            columns.append((f"{name}.points", pa.int32()))
+        columns.append((f"{name}.reason", pa.string()))
+    for name, config in labels.items():
+        is_class = config.get("num_classes") is not None
+        columns.append((f"label.{name}", pa.int64() if is_class else pa.float64()))
+        columns.append((f"label.{name}.reason", pa.string()))
+    return columns
+
+
+def _cut(text: str | None) -> str | None:
+    return None if text is None else text[:MAX_REASON_LENGTH]
+
+
+def _flat(matrix: np.ndarray | None) -> list[float] | None:
+    return None if matrix is None else [float(x) for x in matrix.ravel()]
+
+
+def encode_rows(
+    facts: Sequence[RowFacts],
+    inputs: Mapping[str, InputEntry],
+    labels: Mapping[str, Mapping[str, Any]],
+) -> bytes:
+    """Returns the Parquet bytes of a block's row facts; equal for equal facts."""
+    columns = _columns(inputs, labels)
+    values: dict[str, list[object]] = {name: [] for name, _ in columns}
+    for row in facts:
+        for name, entry in inputs.items():
+            values[f"{name}.reason"].append(_cut(row.reasons.get(name)))
+            if entry.config["kind"] == "image":
+                height, width = row.sizes.get(name, (None, None))
+                values[f"{name}.height"].append(height)
+                values[f"{name}.width"].append(width)
+                if entry.config.get("calibration"):
+                    values[f"{name}.intrinsics"].append(_flat(row.intrinsics.get(name)))
+                    values[f"{name}.lidar2cam"].append(_flat(row.lidar2cam.get(name)))
+                    reason = row.calibration_reasons.get(name)
+                    values[f"{name}.calibration_reason"].append(_cut(reason))
+            else:
+                values[f"{name}.points"].append(row.points.get(name))
+        for name in labels:
+            values[f"label.{name}"].append(row.labels.get(name))
+            values[f"label.{name}.reason"].append(_cut(row.label_reasons.get(name)))
+    sink = io.BytesIO()
+    table = pa.table(values, schema=pa.schema(columns))
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def decode_rows(data: bytes, where: str) -> dict[str, list[Any]]:
+    """Returns the columns of a block's row facts.
+
+    Raises:
+        BankError: the object is damaged.
+    """
+    try:
+        columns: dict[str, list[Any]] = pq.read_table(io.BytesIO(data)).to_pydict()
+    except (pa.ArrowException, OSError) as error:
+        raise BankError(
+            f"{where} is damaged ({error}); run `teachonce precompute JOB --repair`"
+        ) from error
+    return columns

@@ -1,0 +1,473 @@
+"""One block in flight: from decoded rows to stored objects.
+
+Owns a block's buffers and counts what is still to do. Which thread calls what is the
+engine's business; every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import ceil
+
+import numpy as np
+from PIL import Image
+
+from manifests.bank import (
+    BankRecord,
+    BlockSpan,
+    CommitContent,
+    WorkItem,
+    WorkResult,
+)
+from manifests.errors import BankError
+from manifests.storage import Store
+from pipeline.bank.arrays import ArraySpec, object_name
+from pipeline.bank.objects import (
+    decode_object,
+    encode_object,
+    object_crc32c,
+    object_size,
+)
+from pipeline.bank.record import FEATURES
+from pipeline.bank.rows import RowFacts, encode_rows, object_path
+from pipeline.decoding import DecodedSample, SampleSchema, decode_sample
+from pipeline.live import LivePass, Prepared, StoredOutput, explain_failure
+from pipeline.memory import Buffers
+from pipeline.samples.points import points_in_view
+from pipeline.samples.shards import Sample
+from pipeline.samples.views import View, ViewPolicy, draw_view
+from teachers.preprocess import prepare
+
+OutputKey = tuple[StoredOutput, int]
+
+
+class Stopwatch:
+    """Seconds by stage, added up over threads."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._lock = threading.Lock()
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Adds to one stage."""
+        with self._lock:
+            self._seconds[stage] += seconds
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Adds the time of the block to one stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - started)
+
+    def seconds(self) -> dict[str, float]:
+        """Returns seconds by stage."""
+        with self._lock:
+            return {name: round(value, 6) for name, value in self._seconds.items()}
+
+
+class BlockWork:
+    """A block of a work item: inputs, outputs and what is still to do."""
+
+    def __init__(
+        self,
+        item: WorkItem,
+        span: BlockSpan,
+        record: BankRecord,
+        passes: Sequence[LivePass],
+        buffers: Buffers,
+        watch: Stopwatch,
+        on_released: Callable[[], None],
+    ) -> None:
+        self.item = item
+        self.span = span
+        self._record = record
+        self._passes = {live.entry.id: live for live in passes}
+        self._buffers = buffers
+        self._watch = watch
+        self._on_released = on_released
+        self._lock = threading.Lock()
+        self._decoded = threading.Event()
+        self._written = threading.Event()
+        self._released = False
+        self._aborted = False
+        self._rows_left = span.num_rows
+        self._bytes_read = 0
+        self._facts = [RowFacts() for _ in range(span.num_rows)]
+        self._batches_left: dict[tuple[str, int], int] = {}
+        self._passes_left = len(passes)
+        self._forwards_left: dict[str, int] = {}
+        for live in passes:
+            if live.teacher is None:
+                continue
+            batch = live.entry.batch
+            count = ceil(span.num_rows / batch)
+            self._forwards_left[live.entry.id] = count
+            for number in range(count):
+                rows = min(batch, span.num_rows - number * batch)
+                self._batches_left[live.entry.id, number] = rows
+        self._usable = {
+            name: np.zeros(record.block_rows, np.bool_) for name in self._passes
+        }
+        self._reasons: dict[str, dict[str, list[int]]] = {
+            name: defaultdict(list) for name in self._passes
+        }
+        self._needs: dict[Prepared, set[int]] = {}
+        for live in passes:
+            for _, one in live.prepared():
+                held = next((p for p in self._needs if _same_array(p, one)), one)
+                self._needs.setdefault(held, set()).update(live.entry.views)
+        self._inputs = {
+            (one.input, one.geometry, view): self._zeros(one)
+            for one, views in self._needs.items()
+            for view in views
+        }
+        self._outputs: dict[str, dict[OutputKey, np.ndarray]] = {}
+        self._contents: list[CommitContent] = []
+        self._bytes_written = 0
+
+    def _zeros(self, one: Prepared) -> np.ndarray:
+        array = self._buffers.take((self._record.block_rows, *one.row_shape), one.dtype)
+        # An invalid row keeps its slot, and a slot must not hold another block's pixels.
+        array.fill(0)
+        return array
+
+    # Decoding.
+
+    def decode_row(
+        self,
+        row: int,
+        sample: Sample,
+        refused: str | None,
+        schema: SampleSchema,
+        policy: ViewPolicy,
+    ) -> tuple[list[tuple[str, int]], list[str], bool]:
+        """Decodes one row and prepares it for every teacher and view.
+
+        Returns:
+            The (pass, batch) that are now ready to run, the passes that are ready to be
+            written without running anything, and whether the row is invalid for some
+            teacher.
+        """
+        offset = row - self.span.first_row
+        with self._watch.stage("decode"):
+            decoded = decode_sample(sample, schema, refused)
+        with self._watch.stage("prepare"):
+            self._prepare(offset, sample.key, decoded, policy)
+        read = sum(len(member) for member in sample.members.values())
+        return self._row_done(offset, decoded.facts, read)
+
+    def _prepare(
+        self, offset: int, key: str, decoded: DecodedSample, policy: ViewPolicy
+    ) -> None:
+        views = sorted({view for wanted in self._needs.values() for view in wanted})
+        drawn: dict[int, View] = {
+            view: draw_view(policy, self.item.shard, key, view, decoded.facts.sizes)
+            for view in views
+        }
+        for one, wanted in self._needs.items():
+            value = decoded.values.get(one.input)
+            if value is None:
+                continue
+            for number in wanted:
+                view = drawn[number]
+                target = self._inputs[one.input, one.geometry, number]
+                if isinstance(value, Image.Image):
+                    target[offset] = prepare(
+                        value, one.spec, view.boxes[one.input], view.flip
+                    )
+                else:
+                    columns = tuple(self._record.inputs[one.input].config["columns"])
+                    moved = points_in_view(value, columns, view)
+                    target[offset] = prepare(moved, one.spec, None, False)
+
+    def _row_done(
+        self, offset: int, facts: RowFacts, bytes_read: int
+    ) -> tuple[list[tuple[str, int]], list[str], bool]:
+        ready: list[tuple[str, int]] = []
+        is_invalid = False
+        with self._lock:
+            self._facts[offset] = facts
+            self._bytes_read += bytes_read
+            self._rows_left -= 1
+            is_last = self._rows_left == 0
+            for name, live in self._passes.items():
+                codes = [
+                    f"{one}:{facts.reasons[one].partition(':')[0]}"
+                    for one in live.entry.inputs
+                    if one in facts.reasons
+                ]
+                self._usable[name][offset] = not codes
+                for code in codes:
+                    self._reasons[name][code].append(offset)
+                if live.teacher is None:
+                    continue
+                is_invalid = is_invalid or bool(codes)
+                batch = offset // live.entry.batch
+                self._batches_left[name, batch] -= 1
+                if self._batches_left[name, batch] == 0:
+                    ready.append((name, batch))
+        without = []
+        if is_last:
+            without = [n for n, live in self._passes.items() if live.teacher is None]
+            self._decoded.set()
+        return ready, without, is_invalid
+
+    # Running teachers.
+
+    def forward(self, name: str, batch: int) -> bool:
+        """Runs one batch of a pass; returns whether it was the pass's last."""
+        live = self._passes[name]
+        low = batch * live.entry.batch
+        high = min(low + live.entry.batch, self._record.block_rows)
+        outputs = self._outputs_of(live)
+        if self._usable[name][low:high].any():
+            with self._watch.stage(f"forward.{live.entry.teacher}"):
+                for size in live.sizes:
+                    for view in live.entry.views:
+                        self._forward_view(live, size, view, low, high, outputs)
+        with self._lock:
+            self._forwards_left[name] -= 1
+            return self._forwards_left[name] == 0
+
+    def _forward_view(
+        self,
+        live: LivePass,
+        size: str,
+        view: int,
+        low: int,
+        high: int,
+        outputs: Mapping[OutputKey, np.ndarray],
+    ) -> None:
+        arrays = {}
+        for of_size, one in live.prepared():
+            if of_size == size:
+                rows = self._inputs[one.input, one.geometry, view][low:high]
+                arrays[one.input] = _padded(rows, live.entry.batch)
+        try:
+            found = live.forward(size, arrays)
+        except (RuntimeError, MemoryError) as error:
+            raise explain_failure(live, error, live.entry.batch) from error
+        for (output, number), target in outputs.items():
+            if output.size == size and number == view:
+                np.copyto(target[low:high], found[output.name][: high - low], "no")
+
+    def _outputs_of(self, live: LivePass) -> dict[OutputKey, np.ndarray]:
+        with self._lock:
+            if live.entry.id not in self._outputs:
+                self._outputs[live.entry.id] = {
+                    (output, view): self._buffers.take(
+                        (self._record.block_rows, *output.shape), output.dtype
+                    )
+                    for output in live.outputs
+                    for view in live.entry.views
+                }
+            return self._outputs[live.entry.id]
+
+    # Writing.
+
+    def write_pass(self, name: str, store: Store) -> None:
+        """Encodes and writes every object of a pass whose rows are all there."""
+        if self._aborted:
+            return
+        live = self._passes[name]
+        if live.teacher is None:
+            objects = self._write_facts(live, store)
+        else:
+            objects = self._write_outputs(live, store)
+        usable = self._usable[name][: self.span.num_rows]
+        content = CommitContent(
+            pass_id=name,
+            fingerprint=live.entry.fingerprint,
+            block=self.span.block,
+            shard=self.item.shard,
+            rows=self.span.num_rows,
+            valid=int(usable.sum()),
+            invalid={
+                code: tuple(sorted(rows))
+                for code, rows in sorted(self._reasons[name].items())
+            },
+            objects=objects,
+        )
+        with self._lock:
+            self._contents.append(content)
+            self._passes_left -= 1
+            is_last = self._passes_left == 0
+            for array in self._outputs.pop(name, {}).values():
+                if not self._aborted:
+                    self._buffers.give(array)
+        if is_last:
+            self._release(reuse=True)
+            self._written.set()
+
+    def _write_facts(self, live: LivePass, store: Store) -> dict[str, tuple[int, int]]:
+        with self._watch.stage("encode"):
+            data = encode_rows(
+                self._facts,
+                {name: self._record.inputs[name] for name in live.entry.inputs},
+                {name: self._record.labels[name] for name in live.entry.labels},
+            )
+        path = object_path(live.entry.id, self.span.block)
+        with self._watch.stage("write"):
+            if not store.create(path, data) and store.read(path) != data:
+                raise _differs(store, path)
+        self._bytes_written += len(data)
+        return {path: (len(data), object_crc32c([data]))}
+
+    def _write_outputs(self, live: LivePass, store: Store) -> dict[str, tuple[int, int]]:
+        name = live.entry.id
+        usable = self._usable[name]
+        values = self._outputs_of(live)
+        while True:
+            # A row that one output refuses is missing in all: encode until none is new.
+            with self._watch.stage("encode"):
+                encoded = {
+                    key: key[0].encoding.encode(array, usable, reuse=True)
+                    for key, array in values.items()
+                }
+            refused = {
+                (row, f"{output.name}:{reason}")
+                for (output, _), one in encoded.items()
+                for row, reason in one.refused.items()
+            }
+            if not refused:
+                break
+            for row, code in sorted(refused):
+                usable[row] = False
+                if row not in self._reasons[name][code]:
+                    self._reasons[name][code].append(row)
+        objects = {}
+        for (output, view), one in encoded.items():
+            stored = list(one.arrays.values())
+            for spec, rows in zip(output.arrays, stored, strict=True):
+                path, size, crc = self._write_object(spec, rows, view, usable, store)
+                objects[path] = (size, crc)
+        return objects
+
+    def _write_object(
+        self,
+        spec: ArraySpec,
+        rows: np.ndarray,
+        view: int,
+        usable: np.ndarray,
+        store: Store,
+    ) -> tuple[str, int, int]:
+        with self._watch.stage("encode"):
+            parts = encode_object(rows, spec, self.span.num_rows)
+            size, crc = object_size(parts), object_crc32c(parts)
+        path = f"{FEATURES}/{object_name(spec, self.span.block, view)}"
+        with self._watch.stage("write"):
+            if not store.create(path, parts):
+                size, crc = _adopt(store, path, spec, (size, crc), usable)
+        with self._lock:
+            self._bytes_written += size
+        return path, size, crc
+
+    # The end.
+
+    def abandon(self) -> None:
+        """Gives the block up: nothing of it will be committed. May be called twice."""
+        with self._lock:
+            if self._written.is_set():
+                return
+            self._aborted = True
+        # Other threads may still write into its buffers, so they are not handed out again.
+        self._release(reuse=False)
+        self._decoded.set()
+        self._written.set()
+
+    def _release(self, reuse: bool) -> None:
+        with self._lock:
+            if self._released:
+                return
+            self._released = True
+        if reuse:
+            for array in self._inputs.values():
+                self._buffers.give(array)
+            self._inputs = {}
+        self._on_released()
+
+    @property
+    def is_aborted(self) -> bool:
+        """Whether it was given up."""
+        return self._aborted
+
+    def wait_decoded(self) -> None:
+        """Waits until every row was decoded, or the block given up."""
+        self._decoded.wait()
+
+    def wait_written(self) -> list[CommitContent] | None:
+        """Waits for the objects; returns what to commit, None where it was given up."""
+        self._written.wait()
+        if self._aborted:
+            return None
+        return sorted(self._contents, key=lambda content: content.pass_id)
+
+    def result(self, num_committed: int) -> WorkResult:
+        """Returns what the block adds to its work item's result."""
+        invalid: Counter[str] = Counter()
+        for content in self._contents:
+            for code, rows in content.invalid.items():
+                invalid[f"{content.pass_id}/{code}"] += len(rows)
+        return WorkResult(
+            blocks=num_committed,
+            samples=self.span.num_rows,
+            valid={content.pass_id: content.valid for content in self._contents},
+            invalid=dict(invalid),
+            bytes_read=self._bytes_read,
+            bytes_written=self._bytes_written,
+            objects=sum(len(content.objects) for content in self._contents),
+        )
+
+
+def _same_array(one: Prepared, other: Prepared) -> bool:
+    return (one.input, one.geometry) == (other.input, other.geometry)
+
+
+def _padded(rows: np.ndarray, batch: int) -> np.ndarray:
+    """Returns a full batch: the kernel a row meets must not depend on its block."""
+    if len(rows) == batch:
+        return rows
+    full = np.zeros((batch, *rows.shape[1:]), rows.dtype)
+    full[: len(rows)] = rows
+    return full
+
+
+def _differs(store: Store, path: str) -> BankError:
+    return BankError(
+        f"{store.url_of(path)} is there already, uncommitted and with other contents; run "
+        "the same command with --repair, it removes what no commit names"
+    )
+
+
+def _adopt(
+    store: Store,
+    path: str,
+    spec: ArraySpec,
+    computed: tuple[int, int],
+    usable: np.ndarray,
+) -> tuple[int, int]:
+    """Returns size and crc32c of an object that an earlier attempt left, once checked.
+
+    Equal bytes are taken at once. An attempt on an accelerator may differ in the last
+    bits: it is kept if it is whole and the same rows are missing in it.
+    """
+    data = store.read(path)
+    stored = (len(data), object_crc32c([data]))
+    if stored != computed:
+        try:
+            rows = decode_object(data, spec)
+        except BankError as error:
+            raise _differs(store, path) from error
+        fill = spec.fill_value
+        flat = rows.reshape(len(rows), -1)
+        same = flat == fill if fill == fill else np.isnan(flat)
+        if not np.array_equal(~same.all(axis=1), usable):
+            raise _differs(store, path)
+    return stored

@@ -1,0 +1,136 @@
+"""One sample: its members decoded once for all teachers, and what they tell of the row.
+
+Pure functions from bytes to values; a fault of the data becomes a reason, never an
+exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pydantic import TypeAdapter
+
+from manifests.bank import InputEntry
+from manifests.job import ImageInput, InputConfig, LabelConfig
+from pipeline.bank.rows import RowFacts
+from pipeline.inputs import members_of
+from pipeline.samples.calibration import parse_calibration
+from pipeline.samples.errors import SampleError
+from pipeline.samples.images import decode_image
+from pipeline.samples.labels import parse_label, parse_metadata
+from pipeline.samples.points import decode_points
+from pipeline.samples.shards import Sample
+
+Decoded = Image.Image | np.ndarray
+_INPUT: TypeAdapter[InputConfig] = TypeAdapter(InputConfig)
+
+
+@dataclass(frozen=True)
+class SampleSchema:
+    """Which members of a sample are what: made once per engine from the bank record."""
+
+    inputs: Mapping[str, InputConfig]
+    labels: Mapping[str, LabelConfig]
+    metadata: Mapping[str, str | None]
+
+    @classmethod
+    def of(
+        cls, inputs: Mapping[str, InputEntry], labels: Mapping[str, Mapping[str, Any]]
+    ) -> SampleSchema:
+        """Returns the schema of a bank's input and label entries."""
+        return cls(
+            {name: _INPUT.validate_python(one.config) for name, one in inputs.items()},
+            {name: LabelConfig.model_validate(one) for name, one in labels.items()},
+            {name: one.metadata for name, one in inputs.items()},
+        )
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Every extension that is read."""
+        found = {m for config in self.inputs.values() for m in members_of(config)}
+        found |= {label.member.lower() for label in self.labels.values()}
+        for name, config in self.inputs.items():
+            metadata = self.metadata[name]
+            if isinstance(config, ImageInput) and config.calibration and metadata:
+                found.add(metadata.lower())
+        return frozenset(found)
+
+
+@dataclass
+class DecodedSample:
+    """Decoded inputs by name, for those that are sound, and the row's facts."""
+
+    values: dict[str, Decoded] = field(default_factory=dict)
+    facts: RowFacts = field(default_factory=RowFacts)
+
+
+def _member(sample: Sample, names: tuple[str, ...]) -> bytes:
+    """Returns the first of ``names`` the sample has; raises SampleError else."""
+    for name in names:
+        if name in sample.members:
+            return sample.members[name]
+    for name in names:
+        if name in sample.faults:
+            code, _, detail = sample.faults[name].partition(": ")
+            raise SampleError(code, detail or f"member .{name}")
+    raise SampleError("missing", f"no member .{' or .'.join(names)}")
+
+
+def _decode_input(sample: Sample, config: InputConfig) -> Decoded:
+    data = _member(sample, members_of(config))
+    if isinstance(config, ImageInput):
+        return decode_image(data)
+    return decode_points(data, config.columns, config.intensity_max)
+
+
+def decode_sample(
+    sample: Sample, schema: SampleSchema, refused: str | None = None
+) -> DecodedSample:
+    """Returns a sample's inputs, labels and calibration, and why any is missing.
+
+    Args:
+        sample: members in memory.
+        schema: what they are.
+        refused: the reason why the index refused the row, if it did.
+    """
+    result = DecodedSample()
+    facts = result.facts
+    if refused is not None:
+        facts.reasons = dict.fromkeys(schema.inputs, refused)
+        facts.label_reasons = dict.fromkeys(schema.labels, refused)
+        return result
+    metadata: dict[str, Any] = {}
+    for name, config in schema.inputs.items():
+        try:
+            value = _decode_input(sample, config)
+        except SampleError as error:
+            facts.reasons[name] = str(error)
+        else:
+            result.values[name] = value
+            if isinstance(value, np.ndarray):
+                facts.points[name] = len(value)
+            else:
+                facts.sizes[name] = (value.height, value.width)
+        extension = schema.metadata[name]
+        if isinstance(config, ImageInput) and config.calibration and extension:
+            try:
+                if extension not in metadata:
+                    member = _member(sample, (extension.lower(),))
+                    metadata[extension] = parse_metadata(member)
+                found = parse_calibration(metadata[extension], config.calibration)
+                facts.intrinsics[name] = found.intrinsics
+                facts.lidar2cam[name] = found.lidar2cam
+            except SampleError as error:
+                facts.calibration_reasons[name] = str(error)
+    for name, label in schema.labels.items():
+        try:
+            facts.labels[name] = parse_label(_member(sample, (label.member.lower(),)), label)
+        except SampleError as error:
+            facts.label_reasons[name] = str(error)
+    return result
+
+

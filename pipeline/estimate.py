@@ -1,0 +1,118 @@
+"""What a plan costs: rows, blocks, bytes, objects and memory, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from manifests.bank import BankRecord, OutputEntry, PassEntry
+from manifests.storage import Store
+from pipeline import sizing
+from pipeline.bank.arrays import ArraySpec
+from pipeline.errors import PipelineError
+from pipeline.plan import Plan
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan costs, from shapes alone."""
+
+    shards: int
+    samples: int
+    rows: int
+    block_rows: int
+    padding: float
+    blocks_to_do: int
+    objects_to_do: int
+    bytes_to_do: int
+    bytes_by_output: dict[str, int]
+    block_bytes: int
+    parameter_bytes: int
+    flops: float
+
+
+def output_row_bytes(output: OutputEntry) -> int:
+    """Returns stored bytes of one row and view, before any codec."""
+    return sum(ArraySpec.from_json(data).row_bytes for data in output.arrays)
+
+
+def input_row_bytes(entry: PassEntry) -> int:
+    """Returns bytes of one row and view of everything a pass's teacher is given."""
+    total = 0
+    for size in {output.size for output in entry.outputs}:
+        for spec in entry.provenance["preprocess"][size].values():
+            if spec["kind"] == "image":
+                total += spec["height"] * spec["width"] * 3
+            else:
+                total += spec["num_points"] * len(spec["columns"]) * 4
+    return total
+
+
+def block_bytes(record: BankRecord, pass_ids: Sequence[str]) -> int:
+    """Returns the memory that one block in flight takes: inputs, outputs, encoded copy."""
+    row = 0
+    for name in pass_ids:
+        entry = record.pass_by_id(name)
+        outputs = sum(output_row_bytes(output) for output in entry.outputs)
+        row += len(entry.views) * (input_row_bytes(entry) + 2 * outputs)
+    return row * record.block_rows
+
+
+def estimate(plan: Plan) -> Estimate:
+    """Returns rows, blocks, bytes, objects and memory of a plan."""
+    record = plan.record
+    live = [shard for shard in record.shards if not shard.retired]
+    rows_in = {}
+    for shard in live:
+        for number in range(shard.blocks):
+            left = shard.samples - number * record.block_rows
+            rows_in[shard.first_block + number] = min(record.block_rows, left)
+    by_output: dict[str, int] = {}
+    objects = total_blocks = 0
+    for name, missing in plan.missing_blocks().items():
+        entry = record.pass_by_id(name)
+        rows = sum(rows_in[block] for block in missing)
+        total_blocks += len(missing)
+        if not entry.outputs:
+            objects += len(missing)
+        for output in entry.outputs:
+            folder = f"{entry.teacher}/{entry.group}/{output.size}/{output.name}"
+            stored = rows * output_row_bytes(output) * len(entry.views)
+            by_output[folder] = by_output.get(folder, 0) + stored
+            objects += len(missing) * len(entry.views) * len(output.arrays)
+    teachers = {entry.teacher: entry for entry in record.passes if entry.outputs}
+    samples = sum(shard.samples for shard in live)
+    return Estimate(
+        shards=len(live),
+        samples=samples,
+        rows=record.num_rows,
+        block_rows=record.block_rows,
+        padding=sizing.padding(record.block_rows, [shard.samples for shard in live]),
+        blocks_to_do=total_blocks,
+        objects_to_do=objects,
+        bytes_to_do=sum(by_output.values()),
+        bytes_by_output=by_output,
+        block_bytes=block_bytes(record, plan.wanted),
+        parameter_bytes=sum(
+            int(entry.provenance["facts"]["parameter_bytes"])
+            for entry in teachers.values()
+            if entry.id in plan.wanted
+        ),
+        flops=plan.flops_per_row * samples,
+    )
+
+
+def check_limits(plan: Plan, numbers: Estimate, store: Store) -> None:
+    """Raises PipelineError where the plan exceeds its limits or the disk."""
+    limit = plan.job.limits.max_bytes
+    if limit is not None and numbers.bytes_to_do > limit:
+        raise PipelineError(
+            f"limits.max_bytes is {limit:,}, the job may write {numbers.bytes_to_do:,} "
+            "bytes before compression; raise it, pool grids or drop outputs"
+        )
+    free = store.free_bytes()
+    if free is not None and numbers.bytes_to_do > free:
+        raise PipelineError(
+            f"bank {store.url}: no space: the job may write {numbers.bytes_to_do:,} bytes "
+            f"and {free:,} are free; free some or put the bank elsewhere"
+        )

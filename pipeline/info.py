@@ -1,0 +1,94 @@
+"""What a bank holds: facts for `info`, also while it grows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import zarr
+from zarr.storage import MemoryStore
+
+from manifests.bank import BankRecord
+from manifests.storage import Store
+from pipeline.bank import layout
+from pipeline.bank.commits import list_commits, read_blocks
+from pipeline.bank.lock import read_lock
+from pipeline.bank.record import FEATURES
+from pipeline.bank.statistics import dead_channels
+from pipeline.runs import list_runs
+
+
+def _variance(store: Store, path: str) -> np.ndarray | None:
+    """Returns the variance of an output, None where it has no statistics."""
+    level, _, name = path.rpartition("/")
+    folder = f"{FEATURES}/{level}/stats/{name}_variance"
+    document = store.read_or_none(f"{folder}/zarr.json")
+    data = store.read_or_none(f"{folder}/c.0")
+    if document is None or data is None:
+        return None
+    from zarr.core.buffer import default_buffer_prototype
+
+    make = default_buffer_prototype().buffer.from_bytes
+    held = MemoryStore({"zarr.json": make(document), "c.0": make(data)})
+    return np.asarray(zarr.open_array(held, mode="r")[:])
+
+
+def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
+    """Returns all that `info` prints, as JSON values."""
+    live = [shard for shard in record.shards if not shard.retired]
+    total = sum(shard.blocks for shard in live)
+    stored: dict[str, int] = {}
+    if record.state is not None:
+        table = read_blocks(store)
+        for name, sizes in zip(
+            table["pass"].to_pylist(), table["size_bytes"].to_pylist(), strict=True
+        ):
+            stored[name] = stored.get(name, 0) + sum(sizes)
+    passes = {}
+    for entry in record.passes:
+        committed = len(list_commits(store, entry.id))
+        state = record.state
+        passes[entry.id] = {
+            "model": entry.request.get("model", "row facts"),
+            "inputs": list(entry.inputs),
+            "views": [entry.first_view, entry.last_view],
+            "blocks": committed,
+            "blocks_total": total,
+            "bytes": stored.get(entry.id),
+            "valid": state.valid.get(entry.id) if state else None,
+            "invalid": dict(state.invalid.get(entry.id, {})) if state else None,
+            "license": entry.provenance.get("license"),
+            "weights": entry.provenance.get("weights"),
+            "fingerprint": entry.fingerprint,
+        }
+    outputs = {}
+    for path, _, output in layout.outputs(record):
+        variance = _variance(store, path)
+        dead = [] if variance is None else dead_channels(variance).tolist()
+        outputs[path] = {
+            "shape": list(output.shape),
+            "dtype": output.dtype,
+            "encoding": output.encoding["encoding"],
+            "norm": output.norm,
+            "dead_channels": dead,
+        }
+    runs = list_runs(store)
+    return {
+        "bank": store.url,
+        "schema_version": record.schema_version,
+        "complete": bool(record.state and record.state.complete),
+        "samples": sum(shard.samples for shard in live),
+        "shards": len(live),
+        "retired_shards": len(record.shards) - len(live),
+        "damaged_shards": {shard.name: shard.damage for shard in live if shard.damage},
+        "faults_without_row": sum(shard.faults for shard in live),
+        "rows": record.num_rows,
+        "block_rows": record.block_rows,
+        "views": record.num_views,
+        "dataset_license": record.dataset.get("license"),
+        "passes": passes,
+        "outputs": outputs,
+        "lock": read_lock(store),
+        "runs": len(runs),
+        "last_failures": (runs[-1].get("result") or {}).get("failures", []) if runs else [],
+    }

@@ -1,0 +1,119 @@
+"""What is decided once about each input when a bank is made: view 0's box, its aspect.
+
+Looks at the headers of the first images, never at the whole dataset; an array has one
+shape, so the decision holds for every sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from statistics import median
+
+from manifests.bank import BankRecord, InputEntry
+from manifests.job import ImageInput, InputConfig, Job
+from pipeline.errors import PipelineError
+from pipeline.index import IndexedShard
+from pipeline.samples.errors import SampleError
+from pipeline.samples.images import image_size
+from pipeline.samples.shards import RowSpan, read_samples
+from pipeline.samples.views import ViewPolicy
+
+PROBED_SAMPLES = 16
+WIDE_ASPECT = 1.5
+
+
+def members_of(config: InputConfig) -> tuple[str, ...]:
+    """Returns the extensions an input may have, in order of preference."""
+    names = (config.member,) if isinstance(config.member, str) else config.member
+    return tuple(name.lower() for name in names)
+
+
+def wanted_members(
+    inputs: Sequence[InputConfig], labels: Sequence[str], metadata: str | None
+) -> frozenset[str]:
+    """Returns every extension that reading a sample needs."""
+    found = {name for config in inputs for name in members_of(config)}
+    found |= {name.lower() for name in labels}
+    return frozenset(found | ({metadata.lower()} if metadata else set()))
+
+
+def _probe(shards: Sequence[IndexedShard], config: ImageInput) -> list[float]:
+    """Returns width over height of the first images that have a readable header."""
+    aspects: list[float] = []
+    wanted = frozenset(members_of(config))
+    for shard in shards:
+        rows = shard.rows[: PROBED_SAMPLES - len(aspects)]
+        if not rows:
+            continue
+        end = max(row.offset + row.size for row in rows)
+        span = RowSpan(0, len(rows), rows[0].offset, end, rows[0].key)
+        for _, sample in read_samples(
+            shard.record.url, span, wanted, shard.record.sequential
+        ):
+            data = next(
+                (sample.members[m] for m in members_of(config) if m in sample.members),
+                None,
+            )
+            if data is not None:
+                with contextlib.suppress(SampleError):
+                    height, width = image_size(data)
+                    aspects.append(width / height)
+        if len(aspects) >= PROBED_SAMPLES:
+            break
+    return aspects
+
+
+def resolve_input(
+    name: str, job: Job, shards: Sequence[IndexedShard]
+) -> InputEntry:
+    """Returns the bank's entry of an input, probing images where the job says auto.
+
+    View 0 is the whole image where the input has calibration, comes with LiDAR, or is
+    wider than 1.5 to 1; else the largest centred square.
+
+    Raises:
+        PipelineError: no image among the first samples can be read.
+    """
+    config = job.inputs[name]
+    data = config.model_dump(mode="json")
+    if not isinstance(config, ImageInput):
+        return InputEntry(config=data, metadata=job.metadata)
+    with_points = any(other.kind == "points" for other in job.inputs.values())
+    aspects = _probe(shards, config)
+    if not aspects:
+        if sum(len(shard.rows) for shard in shards):
+            raise PipelineError(
+                f"inputs.{name}: none of the first samples has a readable image in "
+                f"member {config.member!r}; check `member` against `tar tf SHARD`"
+            )
+        aspects = [1.0]
+    aspect = median(aspects)
+    whole = bool(config.calibration) or with_points or max(aspect, 1 / aspect) > WIDE_ASPECT
+    view0 = config.view0 if config.view0 != "auto" else ("full" if whole else "square")
+    return InputEntry(
+        config=data,
+        metadata=job.metadata,
+        view0=view0,
+        aspect=1.0 if view0 == "square" else aspect,
+    )
+
+
+def view_policy(job: Job, inputs: dict[str, InputEntry]) -> ViewPolicy:
+    """Returns how views are drawn: the job's numbers and view 0's box per image."""
+    views = job.views
+    return ViewPolicy(
+        seed=views.seed,
+        scale=views.scale,
+        ratio=views.ratio,
+        flips=job.flips,
+        yaw_rad=views.yaw_deg * 3.141592653589793 / 180,
+        point_scale=views.point_scale,
+        view0={name: entry.view0 for name, entry in inputs.items() if entry.view0},
+    )
+
+
+def view_policy_of(record: BankRecord) -> ViewPolicy:
+    """Returns how a bank draws views."""
+    view0 = {name: one.view0 for name, one in record.inputs.items() if one.view0}
+    return ViewPolicy.from_json({**record.views, "view0": view0})

@@ -1,0 +1,213 @@
+"""Passes ready to run: their teachers loaded, their specs and encodings at hand.
+
+The one place of the engine that touches torch; imported when work begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from manifests.bank import BankRecord, PassEntry
+from manifests.job import TeacherConfig
+from manifests.loading import digest
+from pipeline.bank.arrays import ArraySpec
+from pipeline.bank.encodings import Encoding, encoding_from_json
+from pipeline.errors import PipelineError
+from pipeline.resolve import parse_size, request_of
+from teachers import registry
+from teachers.interface import ImageSpec, InputSpec, Teacher, WeightsRecord
+from teachers.preprocess import to_tensor
+
+Geometry = tuple[str, int, int, str] | InputSpec
+
+
+@dataclass(frozen=True)
+class StoredOutput:
+    """One output at one size of a pass: how it is encoded and where it goes."""
+
+    size: str
+    name: str
+    encoding: Encoding
+    arrays: tuple[ArraySpec, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One array of prepared inputs, shared by every pass that takes the same pixels.
+
+    Attributes:
+        input: name of the input in the job.
+        geometry: what decides the array; teachers that differ only in colour
+            arithmetic share it.
+        spec: of the first teacher that asked for it.
+    """
+
+    input: str
+    geometry: Geometry
+    spec: InputSpec
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row: (H, W, 3) uint8 or (P, C) float32."""
+        if isinstance(self.spec, ImageSpec):
+            return (self.spec.height, self.spec.width, 3)
+        return (self.spec.num_points, len(self.spec.columns))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Element type of the array."""
+        return np.dtype(np.uint8 if isinstance(self.spec, ImageSpec) else np.float32)
+
+
+def geometry_of(spec: InputSpec) -> Geometry:
+    """Returns what of a spec decides the prepared array."""
+    if isinstance(spec, ImageSpec):
+        return ("image", spec.height, spec.width, spec.interpolation)
+    return spec
+
+
+@dataclass(frozen=True)
+class LivePass:
+    """A pass whose teacher is loaded; row facts have none."""
+
+    entry: PassEntry
+    teacher: Teacher | None
+    outputs: tuple[StoredOutput, ...]
+    specs: Mapping[str, Mapping[str, InputSpec]]
+    device: str
+
+    @property
+    def sizes(self) -> tuple[str, ...]:
+        """Names of the sizes it runs at."""
+        return tuple(self.specs)
+
+    def prepared(self) -> list[tuple[str, Prepared]]:
+        """Returns (size, prepared input) for everything its teacher takes."""
+        return [
+            (size, Prepared(name, geometry_of(spec), spec))
+            for size, specs in self.specs.items()
+            for name, spec in specs.items()
+        ]
+
+    def forward(self, size: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Runs the teacher on one batch.
+
+        Args:
+            size: name of the size.
+            arrays: prepared inputs by input name, (B, *row_shape).
+
+        Returns:
+            Outputs by name, (B, *shape); bfloat16 as its bits in uint16.
+        """
+        assert self.teacher is not None
+        dtype = getattr(torch, self.teacher.request.config.precision)
+        # A teacher shared between groups knows its inputs by the first group's names.
+        names = [one.name for one in self.teacher.request.group]
+        batch = {
+            theirs: to_tensor(arrays[ours], self.specs[size][ours], self.device, dtype)
+            for theirs, ours in zip(names, self.entry.inputs, strict=True)
+        }
+        with torch.inference_mode():
+            found = self.teacher.forward(batch, parse_size(size))
+            return {name: _to_numpy(found[name]) for name in found}
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    tensor = tensor.cpu()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return tensor.numpy()
+
+
+def pick_device(name: str) -> str:
+    """Returns the device to run on; ``auto`` is the accelerator where there is one.
+
+    Raises:
+        PipelineError: the device that was asked for is not there.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise PipelineError(
+            f"engine.device {name!r} cannot be used: {reason}; use auto or cpu"
+        ) from error
+    return name
+
+
+def set_lane_threads(device: str, threads: int) -> None:
+    """Sets this thread's share of the cores: one each on a CPU, where lanes are many."""
+    torch.set_num_threads(1 if device == "cpu" else threads)
+
+
+def _outputs(entry: PassEntry) -> tuple[StoredOutput, ...]:
+    stored = []
+    for output in entry.outputs:
+        encoding = encoding_from_json(output.encoding)
+        dtype = {"bfloat16": "uint16"}.get(output.dtype, output.dtype)
+        arrays = tuple(ArraySpec.from_json(data) for data in output.arrays)
+        stored.append(
+            StoredOutput(
+                output.size, output.name, encoding, arrays, output.shape, np.dtype(dtype)
+            )
+        )
+    return tuple(stored)
+
+
+def load_passes(
+    record: BankRecord, pass_ids: Sequence[str], device: str
+) -> dict[str, LivePass]:
+    """Returns passes with their teachers loaded; groups that differ only in the names of
+    their inputs share one teacher, so six cameras cost one set of weights.
+
+    Raises:
+        TeacherError: a teacher cannot be loaded, or is no longer what was planned.
+    """
+    loaded: dict[str, Teacher] = {}
+    passes: dict[str, LivePass] = {}
+    for name in pass_ids:
+        entry = record.pass_by_id(name)
+        if not entry.outputs:
+            passes[name] = LivePass(entry, None, (), {}, device)
+            continue
+        config = TeacherConfig.model_validate(entry.request)
+        request = request_of(entry.teacher, config, entry.inputs, record.inputs)
+        weights = WeightsRecord(**entry.provenance["weights"])
+        anonymous = [
+            {**vars(one), "name": str(number)} for number, one in enumerate(request.group)
+        ]
+        key = digest([entry.request, entry.provenance["weights"], anonymous])
+        if key not in loaded:
+            loaded[key] = registry.open_teacher(request, weights, device)
+        teacher = loaded[key]
+        theirs = [one.name for one in teacher.request.group]
+        sizes = dict.fromkeys(output.size for output in entry.outputs)
+        specs = {}
+        for size in sizes:
+            given = teacher.inputs(parse_size(size))
+            specs[size] = {
+                ours: given[name] for ours, name in zip(entry.inputs, theirs, strict=True)
+            }
+        passes[name] = LivePass(entry, teacher, _outputs(entry), specs, device)
+    return passes
+
+
+def explain_failure(live: LivePass, error: BaseException, rows: int) -> BaseException:
+    """Returns what to raise for a failed forward: out of memory says what to set."""
+    if isinstance(error, torch.OutOfMemoryError):
+        name = live.entry.teacher
+        return PipelineError(
+            f"teacher {name}: out of accelerator memory with {rows} rows per forward; "
+            f"set teachers.{name}.batch={max(1, rows // 2)} and make the bank anew (rows "
+            "per forward are part of what a bank is)"
+        )
+    return error

@@ -1,0 +1,321 @@
+"""The main job: plan, make the bank's frame, run the graph, tell what came out.
+
+Owns the order of things and the progress bar. A finished job ends after the plan, with
+neither torch nor Beam imported. Metadata is written under the bank's lock, teachers run
+without it, so that runs of one job share the work.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from manifests.bank import BankRecord, ShardEntry, WorkResult
+from manifests.errors import TeachOnceError
+from manifests.job import Job
+from manifests.storage import Store
+from pipeline.bank.commits import commit_path, list_commits
+from pipeline.bank.layout import write_metadata
+from pipeline.bank.lock import bank_lock, break_lock
+from pipeline.bank.record import open_record, read_record, write_record
+from pipeline.bank.verify import verify
+from pipeline.errors import PipelineError, RunStopped
+from pipeline.estimate import Estimate, check_limits, estimate
+from pipeline.index import read_rows, write_index
+from pipeline.plan import Plan, make_plan
+from pipeline.runs import new_run_id, read_run, start_run
+from pipeline.samples.shards import ShardRow
+from pipeline.work_items import item_blocks, num_threads, work_items
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+
+DEFAULT_OPTIONS = ("--runner=FnApiRunner",)
+MAX_PLAN_ATTEMPTS = 5
+
+
+@dataclass
+class Outcome:
+    """What `precompute` did.
+
+    Attributes:
+        record: the bank afterwards.
+        result: what this run did; empty where there was nothing to do.
+        counters: Beam's, by name.
+        removed: blocks that ``--repair`` gave up, as (pass, block).
+        was_done: whether the bank answered the job already.
+    """
+
+    record: BankRecord
+    result: WorkResult = field(default_factory=WorkResult)
+    counters: dict[str, int] = field(default_factory=dict)
+    removed: list[tuple[str, int]] = field(default_factory=list)
+    was_done: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the bank is complete and no shard was damaged."""
+        state = self.record.state
+        return (
+            state is not None
+            and state.complete
+            and not state.damaged_shards
+            and not self.result.failures
+        )
+
+
+def plan_with_progress(job: Job) -> Plan:
+    """Returns the plan of a job, with a bar over the shards whose headers are walked."""
+    with tqdm(desc="index", unit="shard", disable=None, leave=False, delay=1) as bar:
+
+        def total(count: int) -> None:
+            bar.total = count
+            bar.refresh()
+
+        return make_plan(job, lambda: bar.update(), total)
+
+
+def _merge(store: Store, plan: Plan) -> bool:
+    """Writes the plan's frame if the bank is still what was planned on; else False."""
+    held = read_record(store)
+    if held != plan.existing:
+        return False
+    changes = plan.changes
+    if changes.new:
+        write_index(store, f"dataset/{plan.part}", changes.new)
+    write_metadata(store, plan.record)
+    write_record(store, plan.record)
+    return True
+
+
+def prepare(
+    job: Job, store: Store, load: Callable[[Plan], None] = lambda plan: None
+) -> tuple[Plan, Estimate]:
+    """Returns the plan of a job after making or growing its bank for it.
+
+    Args:
+        job: with absolute paths.
+        store: the bank's.
+        load: called before anything is written, to find out what only loading tells.
+
+    Raises:
+        TeachOnceError: the job cannot be run; nothing was written.
+    """
+    for _ in range(MAX_PLAN_ATTEMPTS):
+        plan = plan_with_progress(job)
+        numbers = estimate(plan)
+        if plan.is_done:
+            return plan, numbers
+        check_limits(plan, numbers, store)
+        load(plan)
+        if plan.existing == plan.record:
+            return plan, numbers
+        with bank_lock(store, "precompute"):
+            if _merge(store, plan):
+                return plan, numbers
+        # Another run changed the bank in the meantime; what is missing is now different.
+    raise PipelineError(
+        f"bank {store.url} keeps changing; run again when other runs have ended"
+    )
+
+
+def _rows_lookup(store: Store, plan: Plan) -> Callable[[ShardEntry], Sequence[ShardRow]]:
+    """Returns rows of a shard: from the plan where they are new, else from the bank."""
+    fresh = {shard.record.name: shard.rows for shard in plan.changes.new}
+    parts: dict[str, dict[str, tuple[ShardRow, ...]]] = {}
+
+    def rows_of(shard: ShardEntry) -> Sequence[ShardRow]:
+        if shard.name in fresh:
+            return fresh[shard.name]
+        if shard.part not in parts:
+            parts.clear()
+            data = store.read(f"dataset/{shard.part}.parquet")
+            parts[shard.part] = dict(read_rows(data))
+        return parts[shard.part][shard.name]
+
+    return rows_of
+
+
+def repair(store: Store, full: bool = True) -> list[tuple[str, int]]:
+    """Gives up every damaged block: its commit first, then its objects.
+
+    Returns:
+        (pass, block) of what the next run will compute again.
+    """
+    with bank_lock(store, "repair"):
+        _, record = open_record(store.url)
+        report = verify(store, record, full=full)
+        for pass_id, block in report.damaged_blocks:
+            store.delete(commit_path(pass_id, block))
+        for path in report.damaged_objects + report.orphans:
+            store.delete(path)
+    return report.damaged_blocks
+
+
+def precompute(
+    job: Job,
+    beam_options: Sequence[str] = (),
+    *,
+    do_repair: bool = False,
+    do_break_lock: bool = False,
+    fail_fast: bool = False,
+    quiet: bool = False,
+) -> Outcome:
+    """Makes a job's bank, or what it still lacks.
+
+    Args:
+        job: with absolute paths.
+        beam_options: standard options of Beam; FnApiRunner where none is named.
+        do_repair: verify first and compute damaged blocks again.
+        do_break_lock: remove the bank's lock first.
+        fail_fast: end at the first shard that fails.
+        quiet: no progress bar.
+
+    Raises:
+        TeachOnceError: the job cannot be run, or the machine or the store failed.
+    """
+    store = Store(job.bank)
+    if do_break_lock:
+        break_lock(store)
+    removed: list[tuple[str, int]] = []
+    if do_repair and read_record(store) is not None:
+        removed = repair(store)
+    options = _options(beam_options)
+    engines: list[Engine] = []
+
+    def load(plan: Plan) -> None:
+        from pipeline.engine import Engine
+
+        if any(plan.missing_blocks().values()):
+            engines[:] = [
+                Engine(store, plan.record, plan.wanted, job.engine, job.limits)
+            ]
+
+    plan, numbers = prepare(job, store, load if _runs_here(options) else lambda plan: None)
+    if plan.is_done and not do_repair:
+        assert plan.existing is not None
+        return Outcome(plan.existing, was_done=True)
+    run_id = new_run_id()
+    missing = plan.missing_blocks()
+    settings = {
+        "passes": list(plan.wanted),
+        "engine": job.engine.model_dump(mode="json"),
+        "limits": job.limits.model_dump(mode="json"),
+        "fail_fast": fail_fast,
+        "beam_options": list(options),
+        "planned_blocks": {name: len(blocks) for name, blocks in missing.items()},
+        "planned_bytes": numbers.bytes_to_do,
+    }
+    items = work_items(
+        plan,
+        _rows_lookup(store, plan),
+        item_blocks(plan, job.engine.device, num_threads(job.engine)),
+    )
+    start_run(store, run_id, settings, items)
+    if engines:
+        from pipeline.engine import make_ready
+
+        make_ready(run_id, engines[0])
+    counters = _run_graph(store, run_id, options, missing, quiet)
+    _, record = open_record(store.url)
+    found = read_run(store, run_id).get("result", {})
+    return Outcome(record, WorkResult.model_validate(found), counters, removed)
+
+
+def _options(given: Sequence[str]) -> list[str]:
+    named = any(option.split("=")[0] == "--runner" for option in given)
+    return [*([] if named else DEFAULT_OPTIONS), *given]
+
+
+def _runs_here(options: Sequence[str]) -> bool:
+    """Whether the workers are threads of this process."""
+    return "--runner=FnApiRunner" in options and not any(
+        "multi_processing" in option for option in options
+    )
+
+
+def _run_graph(
+    store: Store,
+    run_id: str,
+    options: Sequence[str],
+    missing: dict[str, list[int]],
+    quiet: bool,
+) -> dict[str, int]:
+    """Runs the pipeline in a thread and draws the bar from commits; returns counters."""
+    import logging
+
+    # Beam warns at import about Google's optional libraries, which not every run needs.
+    logging.disable(logging.WARNING)
+    import apache_beam as beam
+
+    logging.disable(logging.NOTSET)
+    from apache_beam.options.pipeline_options import PipelineOptions
+
+    from pipeline.transform import Precompute, query_counters
+
+    if _runs_here(options):
+        # What a worker in this process raises is raised here, as one line.
+        logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    found: dict[str, Any] = {}
+
+    def go() -> None:
+        try:
+            pipeline = beam.Pipeline(options=PipelineOptions(list(options)))
+            _ = pipeline | "Precompute" >> Precompute(store.url, run_id)
+            result = pipeline.run()
+            result.wait_until_finish()
+            found["counters"] = query_counters(result)
+        except BaseException as error:
+            found["error"] = error
+
+    thread = threading.Thread(target=go, name="teachonce-beam", daemon=True)
+    thread.start()
+    _draw_progress(store, thread, missing, quiet)
+    error = found.get("error")
+    if error is not None:
+        raise _unwrap(error)
+    counters: dict[str, int] = found["counters"]
+    return counters
+
+
+def _draw_progress(
+    store: Store, thread: threading.Thread, missing: dict[str, list[int]], quiet: bool
+) -> None:
+    wanted = {name: set(blocks) for name, blocks in missing.items() if blocks}
+    total = sum(len(blocks) for blocks in wanted.values())
+    interval = 0.2
+    with tqdm(
+        total=total, unit="block", desc="precompute", disable=True if quiet else None
+    ) as bar:
+        while thread.is_alive():
+            thread.join(interval)
+            if bar.disable:
+                continue
+            started = time.monotonic()
+            done = sum(
+                len(list_commits(store, name) & blocks) for name, blocks in wanted.items()
+            )
+            bar.update(done - bar.n)
+            # Listings of a remote store are billed and slow; ask seldom where they are.
+            interval = max(0.5, 20 * (time.monotonic() - started))
+        if not bar.disable:
+            bar.update(
+                sum(len(list_commits(store, n) & b) for n, b in wanted.items()) - bar.n
+            )
+
+
+def _unwrap(error: BaseException) -> BaseException:
+    """Returns the error that a runner wrapped, without its '[while running ...]'."""
+    seen: BaseException | None = error
+    while seen is not None and not isinstance(seen, TeachOnceError):
+        seen = seen.__cause__ or seen.__context__
+    if seen is None:
+        return error
+    stopped = RunStopped(str(seen).split(" [while running")[0])
+    stopped.__cause__ = error
+    return stopped

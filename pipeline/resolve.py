@@ -1,0 +1,447 @@
+"""From a job to passes: what the bank lacks, as units with a fingerprint.
+
+Owns which teacher looks at which group, what its outputs look like (asked of the model
+on the meta device), which pass already holds what, and the refusal of anything that
+contradicts it. A job that the bank already answers is told by digests alone, with
+neither torch nor Beam imported.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from manifests.bank import ROWS_TEACHER, BankRecord, InputEntry, OutputEntry, PassEntry
+from manifests.errors import BankError, ManifestError
+from manifests.job import Job, OutputConfig, TeacherConfig
+from manifests.loading import digest
+from manifests.job import check_name
+from pipeline.bank.encodings import make_encoding
+from teachers import registry
+from teachers.code import code_digest, kinds_wanted
+from teachers.interface import GroupInput, OutputSpec, Teacher, TeacherRequest, WeightsRecord
+
+NATIVE = "native"
+
+
+@dataclass(frozen=True)
+class GroupTeacher:
+    """A teacher of the job on one of its groups."""
+
+    teacher: str
+    group: str
+    inputs: tuple[str, ...]
+    request: TeacherRequest
+    weights: WeightsRecord
+    digest: str
+
+
+@dataclass(frozen=True)
+class Described:
+    """A teacher asked on the meta device: all outputs, by size name then output name."""
+
+    outputs: Mapping[str, Mapping[str, OutputSpec]]
+    preprocess: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    flops_per_row: float
+
+
+@dataclass
+class Resolution:
+    """What a job needs of a bank."""
+
+    new_passes: list[PassEntry] = field(default_factory=list)
+    requests: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    wanted: list[str] = field(default_factory=list)
+    flops_per_row: dict[str, float] = field(default_factory=dict)
+
+
+def size_name(size: tuple[int, int] | None) -> str:
+    """Returns the name of a size in paths: ``256x448`` (height x width) or ``native``."""
+    return NATIVE if size is None else f"{size[0]}x{size[1]}"
+
+
+def parse_size(name: str) -> tuple[int, int] | None:
+    """Returns what `size_name` made of."""
+    if name == NATIVE:
+        return None
+    height, _, width = name.partition("x")
+    return int(height), int(width)
+
+
+def groups_of(
+    name: str, config: TeacherConfig, inputs: Mapping[str, InputEntry]
+) -> dict[str, tuple[str, ...]]:
+    """Returns group name to its inputs for one teacher.
+
+    Raises:
+        ManifestError: a pattern in ``on`` matches no input, or there is nothing to run on.
+    """
+    kinds = kinds_wanted(config.family, config.preprocess.points is not None)
+
+    def match(pattern: str) -> list[str]:
+        found = [one for one in inputs if fnmatch.fnmatchcase(one, pattern)]
+        if not found:
+            raise ManifestError(
+                f"teachers.{name}.on: {pattern!r} matches no input; inputs are "
+                f"{', '.join(inputs)}"
+            )
+        return found
+
+    if isinstance(config.on, dict):
+        for group in config.on:
+            check_name(group, f"teachers.{name}.on: name of group")
+        return {
+            group: tuple(dict.fromkeys(one for p in patterns for one in match(p)))
+            for group, patterns in config.on.items()
+        }
+    if config.on is not None:
+        names = dict.fromkeys(one for pattern in config.on for one in match(pattern))
+    else:
+        names = dict.fromkeys(
+            one for one, entry in inputs.items() if entry.config["kind"] in kinds
+        )
+    for one in names:
+        if inputs[one].config["kind"] not in kinds:
+            raise ManifestError(
+                f"teachers.{name}: {config.model} takes {' or '.join(sorted(kinds))}, "
+                f"input {one} is {inputs[one].config['kind']}; change `on`"
+            )
+    if not names:
+        raise ManifestError(
+            f"teachers.{name}: {config.model} takes {' or '.join(sorted(kinds))} and the "
+            "job has no such input; add one, or say `on`"
+        )
+    return {one: (one,) for one in names}
+
+
+def request_of(
+    name: str,
+    config: TeacherConfig,
+    members: Sequence[str],
+    inputs: Mapping[str, InputEntry],
+) -> TeacherRequest:
+    """Returns what a family needs to build the teacher for one group."""
+    group = tuple(
+        GroupInput(
+            name=one,
+            kind=inputs[one].config["kind"],
+            aspect=inputs[one].aspect,
+            columns=tuple(inputs[one].config.get("columns", ())),
+        )
+        for one in members
+    )
+    return TeacherRequest(name=name, config=config, group=group)
+
+
+def _known_weights(record: BankRecord | None, teacher: str) -> WeightsRecord | None:
+    for entry in record.passes if record else ():
+        if entry.teacher == teacher and "weights" in entry.provenance:
+            return WeightsRecord(**entry.provenance["weights"])
+    return None
+
+
+def group_teachers(
+    job: Job,
+    inputs: Mapping[str, InputEntry],
+    views: Mapping[str, Any],
+    record: BankRecord | None,
+) -> list[GroupTeacher]:
+    """Returns every (teacher, group) of the job with its weights found and digested."""
+    found = []
+    for name, config in job.teachers.items():
+        weights: WeightsRecord | None = None
+        for group, members in groups_of(name, config, inputs).items():
+            request = request_of(name, config, members, inputs)
+            if weights is None:
+                weights = registry.find_weights(request, _known_weights(record, name))
+            identity = {
+                "config": config.model_dump(mode="json", by_alias=True),
+                "code": code_digest(request),
+                "inputs": {one: inputs[one].model_dump(mode="json") for one in members},
+                "weights": weights.identity,
+                "views": views,
+                "num_views": job.views.random + 1,
+            }
+            found.append(
+                GroupTeacher(
+                    name, group, tuple(members), request, weights, digest(identity)
+                )
+            )
+    return found
+
+
+def _flops(teacher: Teacher, size: tuple[int, int] | None) -> float:
+    """Returns the floating point operations of one row, counted on the meta device."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    batch = {}
+    for name, spec in teacher.inputs(size).items():
+        shape = (
+            (1, 3, spec.height, spec.width)
+            if spec.kind == "image"
+            else (1, spec.num_points, len(spec.columns))
+        )
+        dtype = getattr(torch, teacher.request.config.precision)
+        batch[name] = torch.zeros(shape, device="meta", dtype=dtype)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            teacher.forward(batch, size)
+    except (RuntimeError, NotImplementedError, ValueError):
+        # Data-dependent models cannot run on meta; the parameters give a floor.
+        return 2.0 * teacher.facts.num_parameters
+    return float(counter.get_total_flops())
+
+
+def describe(item: GroupTeacher) -> Described:
+    """Returns outputs, preprocessing and cost of a teacher, from shapes alone."""
+    teacher = registry.open_teacher(item.request, item.weights, "meta")
+    outputs = {size_name(size): teacher.outputs(size) for size in teacher.sizes}
+    preprocess = {
+        size_name(size): {
+            name: asdict(spec) for name, spec in teacher.inputs(size).items()
+        }
+        for size in teacher.sizes
+    }
+    flops = sum(_flops(teacher, size) for size in teacher.sizes)
+    return Described(outputs, preprocess, teacher.facts.to_json(), flops)
+
+
+def _definition(config: OutputConfig) -> dict[str, Any]:
+    """Returns the fields of an output's job entry that define its values."""
+    data = config.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for stored in ("encoding", "topk", "temperatures"):
+        data.pop(stored, None)
+    return data
+
+
+def output_entry(
+    spec: OutputSpec, config: OutputConfig, folder: str, size: str, block_rows: int
+) -> OutputEntry:
+    """Returns one output as the bank will hold it, its arrays included."""
+    encoding = make_encoding(
+        config, name=spec.name, kind=spec.kind, shape=spec.shape, dtype=spec.dtype
+    )
+    arrays = encoding.arrays(folder, block_rows)
+    return OutputEntry(
+        name=spec.name,
+        size=size,
+        kind=spec.kind,
+        shape=spec.shape,
+        dtype=spec.dtype,
+        norm=spec.norm,
+        source=spec.source,
+        definition=_definition(config),
+        encoding=encoding.to_json(),
+        arrays=tuple(array.to_json() for array in arrays),
+    )
+
+
+def teacher_identity(
+    item: GroupTeacher, described: Described, views: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what makes two runs of a teacher the same teacher, field by field."""
+    config = item.request.config
+    return {
+        "model": config.model_name.rpartition("/")[2]
+        if config.family == "module"
+        else config.model_name,
+        "family": config.family,
+        "args": config.args,
+        "method": config.method,
+        "code": described.facts.get("code_sha256"),
+        "weights": item.weights.identity,
+        "precision": config.precision,
+        "inputs": list(item.inputs),
+        "views": views,
+    }
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    return "; ".join(
+        f"{name}: {old.get(name)!r} in the bank, {new.get(name)!r} now"
+        for name in sorted({*old, *new})
+        if old.get(name) != new.get(name)
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("teachonce", "torch", "timm", "open_clip_torch", "numpy", "pillow"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _pass_id(teacher: str, group: str, taken: set[str]) -> str:
+    stem = f"{teacher}.{group}" if group else teacher
+    number, name = 1, stem
+    while name in taken:
+        number += 1
+        name = f"{stem}.{number}"
+    taken.add(name)
+    return name
+
+
+def _check_same_teacher(
+    item: GroupTeacher, identity: dict[str, Any], passes: Sequence[PassEntry]
+) -> None:
+    for entry in passes:
+        if entry.teacher_fingerprint != digest(identity):
+            old = entry.provenance["identity"]
+            raise BankError(
+                f"teacher {item.teacher} on {item.group} is not the one in the bank "
+                f"({_differences(old, identity)}); give it another name, or make "
+                "another bank"
+            )
+
+
+def _missing_outputs(
+    item: GroupTeacher,
+    entries: Mapping[tuple[str, str], OutputEntry],
+    preprocess: Mapping[str, Any],
+    passes: Sequence[PassEntry],
+    last_view: int,
+) -> dict[tuple[int, int], list[OutputEntry]]:
+    """Returns outputs that no pass holds, by the range of views they lack."""
+    missing: dict[tuple[int, int], list[OutputEntry]] = {}
+    for (size, name), entry in entries.items():
+        reached = -1
+        for old_pass in passes:
+            for old in old_pass.outputs:
+                if (old.size, old.name) != (size, name):
+                    continue
+                now, before = (
+                    {
+                        "definition": one.definition,
+                        "encoding": one.encoding,
+                        "shape": list(one.shape),
+                        "preprocess": how,
+                    }
+                    for one, how in (
+                        (entry, preprocess[size]),
+                        (old, old_pass.provenance["preprocess"][size]),
+                    )
+                )
+                if digest(now) != digest(before):
+                    raise BankError(
+                        f"output {item.teacher}/{item.group}/{size}/{name} is stored "
+                        f"differently in the bank ({_differences(before, now)}); keep "
+                        "what the bank has, or make another bank"
+                    )
+                reached = max(reached, old_pass.last_view)
+        if reached < last_view:
+            missing.setdefault((reached + 1, last_view), []).append(entry)
+    return missing
+
+
+def resolve_teacher(
+    item: GroupTeacher,
+    job: Job,
+    views: Mapping[str, Any],
+    record: BankRecord | None,
+    block_rows: int,
+    batch: int,
+    taken: set[str],
+    described: Described,
+) -> tuple[list[PassEntry], list[str]]:
+    """Returns the passes a bank lacks for one teacher and group, and those it has."""
+    identity = teacher_identity(item, described, views)
+    passes = [
+        entry
+        for entry in (record.passes if record else ())
+        if (entry.teacher, entry.group) == (item.teacher, item.group)
+    ]
+    _check_same_teacher(item, identity, passes)
+    config = item.request.config
+    entries = {
+        (size, name): output_entry(
+            spec,
+            config.outputs[name],
+            f"{item.teacher}/{item.group}/{size}",
+            size,
+            block_rows,
+        )
+        for size, specs in described.outputs.items()
+        for name, spec in specs.items()
+    }
+    missing = _missing_outputs(
+        item, entries, described.preprocess, passes, job.views.random
+    )
+    new = []
+    for (first, last), outputs in missing.items():
+        fingerprint = digest(
+            {
+                "teacher": identity,
+                "preprocess": described.preprocess,
+                "outputs": [
+                    one.model_dump(mode="json", exclude={"arrays"}) for one in outputs
+                ],
+                "batch": batch,
+                "block_rows": block_rows,
+            }
+        )
+        new.append(
+            PassEntry(
+                id=_pass_id(item.teacher, item.group, taken),
+                teacher=item.teacher,
+                group=item.group,
+                inputs=item.inputs,
+                first_view=first,
+                last_view=last,
+                batch=min(batch, block_rows),
+                outputs=tuple(outputs),
+                teacher_fingerprint=digest(identity),
+                fingerprint=fingerprint,
+                request=config.model_dump(mode="json", by_alias=True, exclude_unset=True),
+                provenance={
+                    "identity": identity,
+                    "weights": asdict(item.weights),
+                    "preprocess": dict(described.preprocess),
+                    "facts": dict(described.facts),
+                    "license": config.license or described.facts.get("license"),
+                    "flops_per_row": described.flops_per_row,
+                    "versions": _versions(),
+                },
+            )
+        )
+    return new, [entry.id for entry in passes]
+
+
+def resolve_rows(
+    job: Job,
+    inputs: Mapping[str, InputEntry],
+    record: BankRecord | None,
+    taken: set[str],
+) -> tuple[PassEntry | None, list[str]]:
+    """Returns the pass of row facts that the bank lacks for the job's inputs and labels."""
+    held = [e for e in (record.passes if record else ()) if e.teacher == ROWS_TEACHER]
+    have_inputs = {name for entry in held for name in entry.inputs}
+    have_labels = {name for entry in held for name in entry.labels}
+    new_inputs = tuple(name for name in inputs if name not in have_inputs)
+    new_labels = tuple(name for name in job.labels if name not in have_labels)
+    ids = [entry.id for entry in held]
+    if not new_inputs and not new_labels:
+        return None, ids
+    identity = {
+        "inputs": {name: inputs[name].model_dump(mode="json") for name in new_inputs},
+        "labels": {
+            name: job.labels[name].model_dump(mode="json") for name in new_labels
+        },
+    }
+    entry = PassEntry(
+        id=_pass_id(ROWS_TEACHER, "", taken),
+        teacher=ROWS_TEACHER,
+        inputs=new_inputs,
+        labels=new_labels,
+        teacher_fingerprint=digest(identity),
+        fingerprint=digest(identity),
+        provenance={"identity": identity, "versions": _versions()},
+    )
+    return entry, ids

@@ -1,0 +1,76 @@
+"""Runs: who ran what, when; the settings workers need; the work items of a run."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import platform
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from manifests.bank import WorkItem
+from manifests.storage import Store
+
+
+def new_run_id() -> str:
+    """Returns a name that sorts by time and is not used twice."""
+    return time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + "-" + uuid.uuid4().hex[:6]
+
+
+def run_path(run_id: str) -> str:
+    """Returns where a run's record lies in the bank."""
+    return f"runs/{run_id}.json"
+
+
+def items_path(run_id: str) -> str:
+    """Returns where a run's work items lie until it ends."""
+    return f"runs/{run_id}.items.jsonl.gz"
+
+
+def start_run(
+    store: Store, run_id: str, settings: Mapping[str, Any], items: Iterable[WorkItem]
+) -> int:
+    """Writes a run's work items and record; returns the number of items."""
+    lines = [item.model_dump_json() for item in items]
+    data = gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
+    store.replace(items_path(run_id), data)
+    record = {
+        "run": run_id,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "host": platform.node(),
+        "user": os.environ.get("USER", ""),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "work_items": len(lines),
+        **settings,
+    }
+    write_run(store, run_id, record)
+    return len(lines)
+
+
+def write_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
+    """Replaces a run's record."""
+    store.replace(run_path(run_id), json.dumps(record, indent=1).encode() + b"\n")
+
+
+def read_run(store: Store, run_id: str) -> dict[str, Any]:
+    """Returns a run's record."""
+    record: dict[str, Any] = json.loads(store.read(run_path(run_id)))
+    return record
+
+
+def end_run(store: Store, run_id: str, result: Mapping[str, Any]) -> None:
+    """Adds what a run did to its record and drops its work items."""
+    record = read_run(store, run_id)
+    ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    write_run(store, run_id, {**record, "ended": ended, "result": dict(result)})
+    store.delete(items_path(run_id))
+
+
+def list_runs(store: Store) -> list[dict[str, Any]]:
+    """Returns the records of all runs, oldest first."""
+    paths = sorted(path for path, _ in store.list("runs") if path.endswith(".json"))
+    return [json.loads(store.read(path)) for path in paths]

@@ -1,0 +1,4 @@
+"""Training a student from a bank: reads targets, never a live teacher.
+
+Imports manifests, pipeline.samples and pipeline.bank; neither teachers nor Beam.
+"""

@@ -1,0 +1,267 @@
+"""Which teacher families there are, and the two things asked of them.
+
+Owns the table of families, the checks of a request that need no model, and finding
+weights again. Imports neither torch nor any model library: a family's module is
+imported when a teacher of it is opened. A new family is one file and one line of
+`FAMILIES`, or an entry point of the group ``teachonce.teachers`` in another package
+(``name = "module"``).
+
+A family's module has three functions:
+
+* ``open_teacher(request, weights, device) -> Teacher``; ``device="meta"`` reads no
+  weights and answers nothing but shapes;
+* ``find_weights(request) -> WeightsRecord``: its own pretrained weights. Files, URLs
+  and random weights never reach it;
+* ``describe(name, base) -> dict``: what the command line prints of a model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, Protocol, cast
+
+from manifests.job import PreprocessConfig
+from teachers.errors import TeacherError
+from teachers.interface import Teacher, TeacherRequest, WeightsRecord
+from teachers.weights import Wanted, find_file, parse_wanted, random_record
+
+ENTRY_POINTS = "teachonce.teachers"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a family lives and what can be said of it before it is imported.
+
+    Attributes:
+        module: dotted path of its module.
+        summary: one line for people.
+        kinds: kinds of input it takes.
+        groups: whether it can look at several inputs together.
+        outputs: pattern that names of its outputs match in full; None: any.
+        takes_from: whether `from`, `layout`, `grid` and `method` mean something to it.
+        takes_args: whether `args` do.
+    """
+
+    module: str
+    summary: str
+    kinds: tuple[str, ...] = ("image",)
+    groups: bool = False
+    outputs: str | None = None
+    takes_from: bool = False
+    takes_args: bool = True
+
+
+FAMILIES: dict[str, Family] = {
+    "timm": Family(
+        "teachers.timm_family",
+        "timm:NAME[.TAG], any timm model that gives features",
+        outputs=r"cls|pooled|patch|logits|(layer|level)\d+",
+    ),
+    "open_clip": Family(
+        "teachers.open_clip_family",
+        "open_clip:NAME, the image tower of a contrastive model; weights: its tag",
+        outputs=r"embed|pooled|cls|patch|layer\d+",
+        takes_args=False,
+    ),
+    "module": Family(
+        "teachers.module_family",
+        "module:./file.py:CLASS, any torch module of yours",
+        kinds=("image", "points"),
+        groups=True,
+        takes_from=True,
+    ),
+}
+
+_IMAGE_FIELDS = frozenset(
+    {"channels", "range", "mean", "std", "divide", "interpolation", "fit"}
+)
+_POINT_FIELDS = frozenset({"points", "columns", "centre", "unit_sphere"})
+
+
+class FamilyModule(Protocol):
+    """What the module of a family has."""
+
+    def open_teacher(
+        self, request: TeacherRequest, weights: WeightsRecord, device: str
+    ) -> Teacher:
+        """Returns the teacher on ``device``."""
+
+    def find_weights(self, request: TeacherRequest) -> WeightsRecord:
+        """Returns which of its own pretrained weights are meant."""
+
+    def describe(self, name: str, base: str) -> dict[str, Any]:
+        """Returns what there is to know of a model, as plain values."""
+
+
+def close_matches(wanted: str, known: Iterable[str]) -> str:
+    """Returns ``"; did you mean a, b?"`` or, with nothing close, ``""``."""
+    found = get_close_matches(wanted, list(known), n=5, cutoff=0.6)
+    return f"; did you mean {', '.join(found)}?" if found else ""
+
+
+def families() -> list[tuple[str, str]]:
+    """Returns (name, one line) of every family, ours first."""
+    ours = [(name, family.summary) for name, family in FAMILIES.items()]
+    others = [
+        (name, f"{name}:NAME, from the package {_package(point)}")
+        for name, point in sorted(_installed().items())
+    ]
+    return ours + others
+
+
+def open_teacher(
+    request: TeacherRequest, weights: WeightsRecord, device: str
+) -> Teacher:
+    """Returns the teacher, frozen and in eval mode.
+
+    Args:
+        request: what the job asks for.
+        weights: what `find_weights` returned for it.
+        device: ``cpu``, ``cuda``, ``cuda:N``; ``meta`` for shapes alone.
+
+    Raises:
+        TeacherError: the family, model, weights, sizes or outputs cannot be had.
+    """
+    check_request(request)
+    return _load(request.config.family).open_teacher(request, weights, device)
+
+
+def find_weights(
+    request: TeacherRequest, known: WeightsRecord | None = None
+) -> WeightsRecord:
+    """Returns which weights are meant, digested.
+
+    A file that ``known`` describes and whose size and etag or time have not changed is
+    not read again. Pretrained weights of a hub are pinned by ``known``: a revision
+    never changes, so they are not looked for at all.
+
+    Raises:
+        TeacherError: there are no such weights, or they cannot be read.
+    """
+    check_request(request)
+    wanted: Wanted = parse_wanted(request)
+    if wanted.kind == "random":
+        return random_record(request, wanted.seed)
+    if wanted.kind == "file":
+        return find_file(request, wanted.url, known)
+    if known and known.kind == "pretrained" and known.asked == wanted.asked:
+        return known
+    return _load(request.config.family).find_weights(request)
+
+
+def describe(model: str, base: str = ".") -> dict[str, Any]:
+    """Returns what a model can give, its sizes, parameters, licence and source.
+
+    Args:
+        model: ``FAMILY:NAME``.
+        base: folder that a relative path in the name starts from.
+
+    Raises:
+        TeacherError: there is no such family or model.
+    """
+    family, _, name = model.partition(":")
+    if not name:
+        raise TeacherError(
+            f"model must be FAMILY:NAME, got {model!r}; families: {_family_names()}"
+        )
+    return {"model": model, "family": family, **_load(family).describe(name, base)}
+
+
+def check_request(request: TeacherRequest) -> None:
+    """Checks what can be checked of a request without its model.
+
+    Raises:
+        TeacherError: an unknown family, inputs it does not take, an output it never
+            has, or a field that would have no effect.
+    """
+    config = request.config
+    where = f"teachers.{request.name}"
+    family = FAMILIES.get(config.family)
+    if family is None:
+        _find(config.family)
+        return
+    kinds = {item.kind for item in request.group}
+    if unknown := sorted(kinds - set(family.kinds)):
+        raise TeacherError(
+            f"{where}.on must name inputs of kind {' or '.join(family.kinds)} for "
+            f"{config.family}:, got {', '.join(unknown)}; say which with `on: [NAME]`"
+        )
+    if len(request.group) != 1 and not family.groups:
+        names = ", ".join(item.name for item in request.group)
+        raise TeacherError(
+            f"{where}.on must give {config.family}: one input at a time, got the group "
+            f"({names}); use a list, `on: [{names}]`"
+        )
+    for name, output in config.outputs.items():
+        if family.outputs and not re.fullmatch(family.outputs, name):
+            raise TeacherError(
+                f"{where}.outputs.{name} must be one of those of {config.family}: "
+                f"({family.outputs.replace('|', ', ')})"
+            )
+        for field in ("source", "layout", "grid"):
+            if not family.takes_from and getattr(output, field) is not None:
+                alias = "from" if field == "source" else field
+                raise TeacherError(
+                    f"{where}.outputs.{name}.{alias} is for module: teachers; "
+                    f"{config.family}: knows where {name} is, leave it out"
+                )
+    if not family.takes_from and config.method != "forward":
+        raise TeacherError(f"{where}.method is for module: teachers; leave it out")
+    if not family.takes_args and config.args:
+        raise TeacherError(f"{where}.args must be empty for {config.family}:")
+    if config.sizes and "image" not in kinds:
+        raise TeacherError(
+            f"{where}.sizes is for images; a sweep has none, leave it out"
+        )
+    _check_fields(config.preprocess, kinds, where)
+
+
+def _check_fields(config: PreprocessConfig, kinds: set[str], where: str) -> None:
+    given = config.model_fields_set
+    for kind, fields in (("image", _IMAGE_FIELDS), ("points", _POINT_FIELDS)):
+        if kind not in kinds and (idle := sorted(given & fields)):
+            raise TeacherError(
+                f"{where}.preprocess.{idle[0]} has no effect: the teacher looks at no "
+                f"input of kind {kind}; leave it out"
+            )
+
+
+def _installed() -> dict[str, EntryPoint]:
+    points = entry_points(group=ENTRY_POINTS)
+    return {point.name: point for point in points if point.name not in FAMILIES}
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else point.value
+
+
+def _family_names() -> str:
+    return ", ".join([*FAMILIES, *sorted(_installed())])
+
+
+def _find(name: str) -> str:
+    if name in FAMILIES:
+        return FAMILIES[name].module
+    installed = _installed()
+    if name in installed:
+        return installed[name].value
+    raise TeacherError(
+        f"model must begin with a known family, got {name!r} (known: "
+        f"{_family_names()}){close_matches(name, [*FAMILIES, *installed])}"
+    )
+
+
+def _load(name: str) -> FamilyModule:
+    path = _find(name)
+    try:
+        return cast(FamilyModule, importlib.import_module(path))
+    except ImportError as error:
+        raise TeacherError(
+            f"family {name!r} needs a package that is not installed ({error}); install "
+            "teachonce[precompute]"
+        ) from error

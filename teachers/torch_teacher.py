@@ -1,0 +1,252 @@
+"""What the families have in common: a frozen torch module and taps on it.
+
+Owns shapes on the meta device, precision, pooling, the layout of what leaves a teacher,
+and the arithmetic settings of its forward. Families own how a model is built and where
+in it an output lies.
+
+Shape suffixes: B batch, H and W grid, C channels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from manifests.job import OutputConfig
+from teachers.errors import TeacherError
+from teachers.interface import (
+    Facts,
+    ImageSpec,
+    InputSpec,
+    OutputSpec,
+    Size,
+    Teacher,
+    TeacherRequest,
+)
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One output as a family found it.
+
+    Attributes:
+        tensor: (B, C) or, channels last and in raster order, (B, H, W, C).
+        norm: ``post`` or ``pre`` the model's final norm; None where it says nothing.
+        source: where in the model it is taken, in words.
+    """
+
+    tensor: Tensor
+    norm: str | None
+    source: str
+
+
+class TorchTeacher(Teacher):
+    """A teacher that is a torch module.
+
+    Attributes:
+        device: where its weights are; ``meta`` where there are none.
+        dtype: arithmetic of the forward.
+    """
+
+    def __init__(self, request: TeacherRequest, device: str) -> None:
+        self.request = request
+        self.device = torch.device(device)
+        self.dtype = DTYPES[request.config.precision]
+        self._outputs: dict[Size | None, dict[str, OutputSpec]] = {}
+        self._models: dict[Size | None, nn.Module] = {}
+
+    @property
+    def where(self) -> str:
+        """The teacher's entry in the job, for messages."""
+        return f"teachers.{self.request.name}"
+
+    @abstractmethod
+    def _build(self, size: Size | None) -> nn.Module:
+        """Returns the model with its weights for inputs of ``size``, on the CPU."""
+
+    @abstractmethod
+    def _blueprint(self, size: Size | None, device: str) -> nn.Module:
+        """Returns the model without its weights, on ``meta`` or ``cpu``."""
+
+    @abstractmethod
+    def _taps(
+        self, model: nn.Module, batch: Mapping[str, Tensor], size: Size | None
+    ) -> dict[str, Tap]:
+        """Runs ``model`` once and returns every output of the job, not yet pooled."""
+
+    def outputs(self, size: Size | None) -> dict[str, OutputSpec]:
+        if size not in self._outputs:
+            self._outputs[size] = self._describe(size)
+        return self._outputs[size]
+
+    def _describe(self, size: Size | None) -> dict[str, OutputSpec]:
+        failure: Exception | None = None
+        for device in ("meta", "cpu"):
+            try:
+                model = freeze(self._blueprint(size, device))
+                batch = {
+                    name: _blank(spec, device)
+                    for name, spec in self.inputs(size).items()
+                }
+                with torch.inference_mode():
+                    taps = self._taps(model, batch, size)
+                return {
+                    name: self._spec(name, config, taps[name], size)
+                    for name, config in self.request.config.outputs.items()
+                }
+            except TeacherError:
+                raise
+            # A model is anyone's code: whatever it raises, the next device may do.
+            except Exception as error:
+                failure = error
+        shown = "" if size is None else f" at {size[0]} x {size[1]}"
+        raise TeacherError(
+            f"{self.where}.model {self.request.config.model!r} cannot run{shown}: "
+            f"{type(failure).__name__}: {failure}; choose other `sizes`"
+        ) from failure
+
+    def _spec(
+        self, name: str, config: OutputConfig, tap: Tap, size: Size | None
+    ) -> OutputSpec:
+        shape = tuple(tap.tensor.shape[1:])
+        kind: Literal["vector", "grid"] = "vector" if len(shape) == 1 else "grid"
+        entry = f"{self.where}.outputs.{name}"
+        if len(shape) not in (1, 3):
+            raise TeacherError(
+                f"{entry} must be a vector or a grid, got {list(shape)} per row"
+            )
+        if config.pool is not None:
+            if kind == "vector":
+                raise TeacherError(f"{entry}.pool is for grids; leave it out")
+            rows, columns = shape[0] / config.pool[0], shape[1] / config.pool[1]
+            if min(config.pool) < 1 or rows % 1 or columns % 1:
+                raise TeacherError(
+                    f"{entry}.pool must divide the grid {shape[0]} x {shape[1]}, got "
+                    f"{list(config.pool)}; choose another pool or other sizes"
+                )
+            shape = (int(rows), int(columns), shape[2])
+        return OutputSpec(
+            name, kind, shape, self.request.config.precision, tap.norm, tap.source
+        )
+
+    def model(self, size: Size | None) -> nn.Module:
+        """Returns the module that runs at ``size``, built on first use.
+
+        Raises:
+            TeacherError: the teacher is on the meta device, or its weights do not fit.
+        """
+        if self.device.type == "meta":
+            raise TeacherError(f"{self.where} has only shapes (device meta)")
+        if size not in self._models:
+            model = freeze(self._build(size)).to(self.device, self.dtype)
+            for other in self._models.values():
+                share_parameters(other, model)
+            self._models[size] = model
+        return self._models[size]
+
+    def forward(
+        self, batch: Mapping[str, Tensor], size: Size | None
+    ) -> dict[str, Tensor]:
+        specs = self.outputs(size)
+        with torch.inference_mode(), _repeatable(self.device):
+            taps = self._taps(self.model(size), batch, size)
+            found = {
+                name: self._finish(tap.tensor, self.request.config.outputs[name])
+                for name, tap in taps.items()
+            }
+        for name, tensor in found.items():
+            if tensor.shape[1:] != specs[name].shape:
+                raise TeacherError(
+                    f"{self.where}.outputs.{name} must have the shape "
+                    f"{list(specs[name].shape)} per row, got {list(tensor.shape[1:])}; "
+                    "the model's shapes depend on more than the input's"
+                )
+        return found
+
+    def _finish(self, tensor: Tensor, config: OutputConfig) -> Tensor:
+        if config.pool is not None:
+            num, height, width, channels = tensor.shape
+            y, x = config.pool
+            cells = tensor.reshape(num, height // y, y, width // x, x, channels)
+            tensor = cells.to(torch.float32).mean((2, 4))
+        return tensor.to(self.dtype).contiguous()
+
+    def _make_facts(
+        self,
+        model: nn.Module,
+        *,
+        license: str | None = None,
+        source: str | None = None,
+        code_sha256: str | None = None,
+        versions: Mapping[str, str] | None = None,
+    ) -> Facts:
+        num = sum(parameter.numel() for parameter in model.parameters())
+        return Facts(
+            num_parameters=num,
+            parameter_bytes=num * self.dtype.itemsize,
+            license=self.request.config.license or license,
+            source=source,
+            code_sha256=code_sha256,
+            versions={"torch": torch.__version__, **(versions or {})},
+        )
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """Returns ``model`` in eval mode and without gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def share_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Lets ``target`` use the memory of the parameters it shares with ``source``.
+
+    Two sizes of one teacher differ in their position embeddings alone.
+    """
+    own = dict(source.named_parameters())
+    for name, parameter in target.named_parameters():
+        twin = own.get(name)
+        if twin is not None and torch.equal(twin, parameter):
+            parameter.data = twin.data
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws random weights from ``seed``; torch's own generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def channels_last(map_BCHW: Tensor) -> Tensor:
+    """Returns a feature map as (B, H, W, C), without a copy."""
+    return map_BCHW.permute(0, 2, 3, 1)
+
+
+@contextlib.contextmanager
+def _repeatable(device: torch.device) -> Iterator[None]:
+    # On CUDA float32 convolutions would run in TF32 and take whichever algorithm was
+    # fastest that time; the same block must give the same bytes.
+    if device.type != "cuda":
+        yield
+        return
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    ):
+        yield
+
+
+def _blank(spec: InputSpec, device: str) -> Tensor:
+    if isinstance(spec, ImageSpec):
+        return torch.zeros(1, 3, spec.height, spec.width, device=device)
+    return torch.zeros(1, spec.num_points, len(spec.columns), device=device)

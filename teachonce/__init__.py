@@ -1,0 +1,29 @@
+"""TeachOnce: run each teacher once, keep its features in a bank, distil from the bank.
+
+The public names are lazy: importing this package imports neither torch nor Beam.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.bank.open import Bank as Bank
+    from pipeline.bank.open import open_bank as open_bank
+
+_PUBLIC = {"open_bank": "pipeline.bank.open", "Bank": "pipeline.bank.open"}
+
+__all__ = ["Bank", "__version__", "open_bank"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("teachonce")
+    if name in _PUBLIC:
+        from teachonce.environment import check_packages
+
+        check_packages()
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'teachonce' has no attribute {name!r}")

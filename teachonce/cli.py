@@ -1,0 +1,160 @@
+"""The command line: ``teachonce VERB``.
+
+Owns arguments, exit codes and one-line errors. A verb's work is imported when it runs.
+Exit 0: done. 1: it ran, but something is wrong and was said. 2: unusable input, nothing
+was done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from manifests.errors import StorageError, TeachOnceError
+
+DONE, WRONG, UNUSABLE = 0, 1, 2
+
+_COMMON_HELP = "print facts as JSON"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="teachonce",
+        description="Run each teacher once, keep its features in a bank.",
+        epilog="The first hour: plan, precompute, info. `teachonce VERB --help` has an "
+        "example of each.",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+
+    def verb(name: str, summary: str, example: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            epilog=f"example: teachonce {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def job_arguments(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("job", help="the job's YAML")
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="fields set over the YAML's"
+        )
+
+    index = verb(
+        "index",
+        "Index shards: dataset.json and dataset.parquet, which a job may name",
+        'index "data/train-{000..127}.tar" index/',
+    )
+    index.add_argument("shards", nargs="+", help="patterns of shards, and last a folder")
+    index.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    plan = verb(
+        "plan",
+        "Say what a job will do: rows, blocks, bytes, objects, memory; writes nothing",
+        "plan job.yaml teachers.sam.batch=2",
+    )
+    job_arguments(plan)
+    plan.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    precompute = verb(
+        "precompute",
+        "Make the bank of a job, or what it still lacks; the same command resumes",
+        "precompute job.yaml -- --runner=FnApiRunner",
+    )
+    job_arguments(precompute)
+    precompute.add_argument(
+        "--repair",
+        action="store_true",
+        help="verify every byte first and compute damaged blocks again; only while no "
+        "other run writes to the bank",
+    )
+    precompute.add_argument(
+        "--fail-fast", action="store_true", help="end at the first shard that fails"
+    )
+    precompute.add_argument(
+        "--break-lock", action="store_true", help="remove a dead run's lock"
+    )
+    precompute.add_argument("--quiet", action="store_true", help="no progress bar")
+    precompute.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    info = verb("info", "Say what a bank holds, also while it grows", "info bank/")
+    info.add_argument("bank", help="path or URL of the bank")
+    info.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    verify = verb(
+        "verify", "Check that every committed block is what it was", "verify bank/ --full"
+    )
+    verify.add_argument("bank", help="path or URL of the bank")
+    verify.add_argument("--full", action="store_true", help="read every byte")
+    verify.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    finalise = verb(
+        "finalise",
+        "Make index, row arrays and statistics from the commits there are",
+        "finalise bank/",
+    )
+    finalise.add_argument("bank", help="path or URL of the bank")
+    teachers = verb(
+        "teachers",
+        "List the teacher families, or say what one model gives",
+        "teachers timm:vit_small_patch16_224",
+    )
+    teachers.add_argument("name", nargs="?", help="FAMILY:NAME")
+    teachers.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    demo = verb(
+        "demo",
+        "Draw a small driving dataset, then plan, precompute, verify and info on it",
+        "demo demo-out --scenes 48 --night 0.3",
+    )
+    demo.add_argument("folder", nargs="?", default="demo-out", help="where to work")
+    demo.add_argument("--scenes", type=int, default=48, help="number of scenes")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the scenes")
+    demo.add_argument("--night", type=float, default=0.2, help="share of night scenes")
+    demo.add_argument("--fog", type=float, default=0.2, help="share of foggy scenes")
+    demo.add_argument(
+        "--lidar-range", type=float, default=60.0, help="range of the LiDAR, metres"
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    beam_options: list[str] = []
+    if "--" in given:
+        cut = given.index("--")
+        given, beam_options = given[:cut], given[cut + 1 :]
+    parser = _parser()
+    args = parser.parse_intermixed_args(given) if not given else parser.parse_args(given)
+    if args.version:
+        from teachonce import __version__
+
+        print(f"teachonce {__version__}")
+        return DONE
+    if args.verb is None:
+        parser.print_help()
+        return UNUSABLE
+    args.beam_options = beam_options
+    try:
+        from teachonce.environment import check_packages
+
+        check_packages()
+        if beam_options and args.verb not in ("precompute", "plan"):
+            raise TeachOnceError(f"{args.verb} takes no Beam options after `--`")
+        module = importlib.import_module(f"teachonce.verbs.{args.verb}")
+        code: int = module.run(args)
+        return code
+    except KeyboardInterrupt:
+        print("teachonce: stopped; the same command goes on from here", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Teachers' threads may be deep in a kernel; commits are whole by construction.
+        os._exit(WRONG)
+    except BrokenPipeError:
+        return WRONG
+    except TeachOnceError as error:
+        print(f"teachonce {args.verb}: {error}", file=sys.stderr)
+        return WRONG if type(error).__name__ == "RunStopped" else UNUSABLE
+    except OSError as error:
+        print(f"teachonce {args.verb}: {StorageError(str(error))}", file=sys.stderr)
+        return WRONG

@@ -1,0 +1,93 @@
+"""``teachonce plan``: what a job will do, from shapes and headers alone."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+
+from manifests.job import Job
+from manifests.loading import load_job
+from manifests.storage import Store
+from pipeline.estimate import Estimate, check_limits, estimate
+from pipeline.plan import Plan
+from pipeline.precompute import plan_with_progress
+from teachonce.verbs import text
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the plan of a job; writes nothing."""
+    job = load_job(args.job, args.overrides)
+    plan = plan_with_progress(job)
+    numbers = estimate(plan)
+    check_limits(plan, numbers, Store(job.bank))
+    if args.json:
+        facts = asdict(numbers)
+        facts["bank"] = job.bank
+        facts["done"] = plan.is_done
+        facts["memory_bytes"] = job.engine.memory + numbers.parameter_bytes
+        facts["passes"] = {
+            entry.id: {
+                "inputs": list(entry.inputs),
+                "views": list(entry.views),
+                "batch": entry.batch,
+                "outputs": {
+                    f"{output.size}/{output.name}": list(output.shape)
+                    for output in entry.outputs
+                },
+            }
+            for entry in plan.record.passes
+        }
+        text.print_json(facts)
+    else:
+        print_plan(job, plan, numbers)
+    return 0
+
+
+def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
+    """Prints a plan for people."""
+    print(f"bank     {job.bank}" + ("" if plan.existing else " (new)"))
+    print(
+        f"samples  {numbers.samples:,} in {numbers.shards:,} shards; "
+        f"{numbers.rows:,} rows in blocks of {numbers.block_rows} "
+        f"({numbers.padding:.1%} padding), {plan.record.num_views} view(s)"
+    )
+    for name, entry in plan.record.inputs.items():
+        box = f", view 0: {entry.view0} (aspect {entry.aspect:.2f})" if entry.view0 else ""
+        print(f"input    {name}: {entry.config['kind']}{box}")
+    rows = []
+    for entry in plan.record.passes:
+        for output in entry.outputs:
+            path = f"{entry.teacher}/{entry.group}/{output.size}/{output.name}"
+            todo = numbers.bytes_by_output.get(path, 0)
+            rows.append(
+                (
+                    path,
+                    " x ".join(map(str, output.shape)),
+                    output.dtype,
+                    output.encoding["encoding"],
+                    f"{entry.first_view}..{entry.last_view}",
+                    str(entry.batch),
+                    text.size(todo) if entry.id in plan.wanted else "kept",
+                )
+            )
+    head = ("output", "row", "dtype", "encoding", "views", "batch", "bytes at most")
+    print("\n" + text.table(head, rows) + "\n")
+    if plan.is_done:
+        print("nothing to do: the bank has all of it")
+        return
+    print(
+        f"to do    {numbers.blocks_to_do:,} blocks of passes, {numbers.objects_to_do:,} "
+        f"objects, at most {text.size(numbers.bytes_to_do)} before compression, "
+        f"{numbers.flops / 1e12:.2f} TFLOP"
+    )
+    budget = job.engine.memory
+    print(
+        f"memory   budget {text.size(budget)} for blocks of "
+        f"{text.size(numbers.block_bytes)} each, weights "
+        f"{text.size(numbers.parameter_bytes)}"
+    )
+    if numbers.block_bytes * 2 > budget:
+        print(
+            "         two blocks do not fit the budget, so reading and running teachers "
+            "cannot overlap: raise engine.memory or set block_rows lower"
+        )

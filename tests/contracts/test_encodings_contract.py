@@ -1,0 +1,168 @@
+"""What every registered encoding keeps, whatever it stores."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from manifests.errors import BankError
+from manifests.job import OutputConfig
+from pipeline.bank.encodings import ENCODINGS, encoding_from_json, make_encoding
+from pipeline.bank.objects import decode_object, encode_object
+
+SHAPES = {"vector": (13,), "grid": (2, 3, 13)}
+DTYPES = ["float32", "bfloat16", "float16"]
+
+
+def as_stored(values, dtype):
+    if dtype == "bfloat16":
+        return values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    return values.astype(dtype)
+
+
+def as_float32(stored, dtype):
+    if dtype == "bfloat16":
+        stored = stored.view(ml_dtypes.bfloat16)
+    return stored.astype(np.float32)
+
+
+@pytest.fixture(params=sorted(ENCODINGS))
+def preset(request):
+    return request.param
+
+
+@pytest.fixture(params=sorted(SHAPES))
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(params=DTYPES)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def encoding(preset, kind, dtype):
+    # All classes are kept, so that what is decoded can be compared.
+    config = OutputConfig(encoding=preset, topk=13 if preset == "topk" else None)
+    return make_encoding(config, name="out", kind=kind, shape=SHAPES[kind], dtype=dtype)
+
+
+@pytest.fixture
+def values(kind, dtype):
+    rng = np.random.default_rng(0)
+    return as_stored(rng.normal(size=(8, *SHAPES[kind])), dtype)
+
+
+ALL = np.ones(8, np.bool_)
+
+
+def test_it_survives_json(encoding):
+    data = json.loads(json.dumps(encoding.to_json()))
+    assert data["encoding"] == encoding.preset
+    assert encoding_from_json(data) == encoding
+
+
+def test_its_arrays_are_named_and_describe_themselves(encoding, preset, kind, dtype):
+    specs = encoding.arrays("dinov3/image/256x256", 8)
+    assert [spec.path for spec in specs] == [
+        f"dinov3/image/256x256/out{suffix}" for suffix in encoding.suffixes
+    ]
+    for spec in specs:
+        assert spec.block_rows == 8
+        assert spec.has_view
+        assert all(name.startswith("out_") for name in spec.dimension_names)
+        assert spec.attributes["encoding"] == preset
+        assert spec.attributes["logical_dtype"] == dtype
+        assert json.loads(json.dumps(spec.to_json())) == spec.to_json()
+    lengths = {}
+    for spec in specs:
+        for name, length in zip(spec.dimension_names, spec.row_shape, strict=True):
+            assert lengths.setdefault(name, length) == length
+
+
+def test_what_is_encoded_fits_the_arrays_and_comes_back(encoding, values, dtype):
+    encoded = encoding.encode(values, ALL)
+    assert encoded.refused == {}
+    stored = {}
+    for suffix, spec in zip(encoding.suffixes, encoding.arrays("t", 8), strict=True):
+        parts = encode_object(encoded.arrays[suffix], spec, 8)
+        stored[suffix] = decode_object(b"".join(map(bytes, parts)), spec)
+    decoded = encoding.decode(stored)
+    assert decoded.dtype == np.float32
+    assert decoded.shape == values.shape
+    np.testing.assert_allclose(decoded, as_float32(values, dtype), rtol=2**-11)
+
+
+def test_missing_rows_are_fill_in_every_array_and_only_they(encoding, values):
+    usable = np.array([1, 0, 1, 1, 0, 1, 1, 0], np.bool_)
+    before = values.copy()
+    encoded = encoding.encode(values, usable)
+    np.testing.assert_array_equal(values, before)
+    assert encoded.refused == {}
+    for spec, array in zip(
+        encoding.arrays("t", 8), encoded.arrays.values(), strict=True
+    ):
+        fill = np.full_like(array, spec.fill_value)
+        same = (array.view(np.uint8) == fill.view(np.uint8)).reshape(8, -1).all(axis=1)
+        np.testing.assert_array_equal(same, ~usable)
+    decoded = encoding.decode(encoded.arrays)
+    np.testing.assert_array_equal(np.isnan(decoded).reshape(8, -1).all(axis=1), ~usable)
+    np.testing.assert_array_equal(np.isnan(decoded).reshape(8, -1).any(axis=1), ~usable)
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [0, 7])
+def test_rows_that_are_not_finite_are_refused(encoding, values, dtype, bad, row):
+    values.reshape(8, -1)[row, -1] = as_stored(np.array([bad]), dtype)[0]
+    encoded = encoding.encode(values, ALL)
+    assert encoded.refused == {row: "non_finite"}
+    missing = np.isnan(encoding.decode(encoded.arrays)).reshape(8, -1).all(axis=1)
+    assert missing.tolist() == [number == row for number in range(8)]
+
+
+def test_rows_that_are_not_usable_are_not_looked_at(encoding, values, dtype):
+    values[3] = as_stored(np.array([np.nan]), dtype)[0]
+    encoded = encoding.encode(values, np.arange(8) != 3)
+    assert encoded.refused == {}
+
+
+def test_the_largest_finite_numbers_are_not_refused(encoding, values, preset, dtype):
+    bits = {"float32": 0x7F7FFFFF, "bfloat16": 0x7F7F, "float16": 0x7BFF}[dtype]
+    size = values.dtype.itemsize
+    for sign, row in ((0, 0), (1 << (8 * size - 1), 1)):
+        values.view(f"u{size}").reshape(8, -1)[row, 0] = bits | sign
+    refused = encoding.encode(values, ALL).refused
+    if preset == "half" and dtype != "float16":
+        assert refused == {0: "overflow_float16", 1: "overflow_float16"}
+    else:
+        assert refused == {}
+
+
+def test_values_may_be_overwritten_only_when_allowed(encoding, values):
+    usable = np.arange(8) != 2
+    kept = encoding.encode(values.copy(), usable).arrays
+    reused = encoding.encode(values, usable, reuse=True).arrays
+    for suffix in encoding.suffixes:
+        np.testing.assert_array_equal(kept[suffix], reused[suffix])
+
+
+def test_an_array_that_cannot_be_written_to_is_read(encoding, values):
+    values.flags.writeable = False
+    encoded = encoding.encode(values, np.arange(8) != 2, reuse=True)
+    assert np.isnan(encoding.decode(encoded.arrays)[2]).all()
+
+
+def test_no_rows_are_no_rows(encoding, values):
+    encoded = encoding.encode(values[:0], ALL[:0])
+    assert encoding.decode(encoded.arrays).shape == values[:0].shape
+
+
+def test_values_of_another_type_or_shape_are_refused(encoding, values):
+    with pytest.raises(BankError, match="values of out must be"):
+        encoding.encode(values.astype(np.float64), ALL)
+    with pytest.raises(BankError, match="values of out must be"):
+        encoding.encode(values[..., :-1], ALL)
+    with pytest.raises(BankError, match="usable of out must be"):
+        encoding.encode(values, ALL[:-1])
