@@ -32,7 +32,9 @@ class ShardEntry(Strict):
     part: str = Field(description="dataset/<part>.parquet holds its rows")
     first_block: int
     blocks: int
-    retired: bool = Field(False, description="its bytes changed; a later entry holds them")
+    retired: bool = Field(
+        False, description="its bytes changed; a later entry holds them"
+    )
 
 
 class InputEntry(Strict):
@@ -64,7 +66,8 @@ class OutputEntry(Strict):
 class PassEntry(Strict):
     """One teacher on one group for a range of views: the unit of provenance.
 
-    The pass of ``rows`` holds what is known of every sample: sizes, labels, calibration.
+    The pass of ``rows`` holds what is known of every sample: sizes, labels,
+    calibration.
     """
 
     id: str
@@ -79,7 +82,8 @@ class PassEntry(Strict):
     teacher_fingerprint: str
     fingerprint: str
     request: dict[str, Any] = Field(
-        default_factory=dict, description="resolved job entry that a worker rebuilds from"
+        default_factory=dict,
+        description="resolved job entry that a worker rebuilds from",
     )
     provenance: dict[str, Any] = Field(default_factory=dict)
 

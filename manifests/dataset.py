@@ -27,12 +27,16 @@ class ShardRecord(Strict):
     name: str = Field(description="unique name, part of a sample's identity")
     url: str
     size_bytes: int
-    tag: str | None = Field(None, description="etag or checksum, where the store has one")
+    tag: str | None = Field(
+        None, description="etag or checksum, where the store has one"
+    )
     modified: str | None = Field(None, description="modification time at the store")
     headers_sha256: str = Field(description="digest of the tar headers")
     samples: int
     sequential: bool = Field(description="must be read from its start")
-    damage: str | None = Field(None, description="why nothing is read after the samples")
+    damage: str | None = Field(
+        None, description="why nothing is read after the samples"
+    )
     faults: tuple[FaultRecord, ...] = ()
 
 

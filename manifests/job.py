@@ -19,8 +19,8 @@ from pydantic import (
 
 NAME = re.compile(r"^[a-z][a-z0-9_]*$")
 RESERVED_NAMES = frozenset({"key", "views", "labels", "calibration", "rows"})
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "PB": 10**15}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"PB": 10**15, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 ImageSize = tuple[
     Annotated[int, Field(ge=1, le=65535)], Annotated[int, Field(ge=1, le=65535)]
@@ -37,7 +37,7 @@ def parse_bytes(text: int | str) -> int:
     """Returns a number of bytes from ``2000``, ``"64 MiB"`` or ``"1.2 TB"``."""
     if isinstance(text, int):
         return text
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([A-Za-z]*)\s*", text)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if not match or match[2].upper() not in _UNITS:
         raise ValueError(f"must be a size like '64 MiB' or '1.2 TB', got {text!r}")
     return int(float(match[1]) * _UNITS[match[2].upper()])
@@ -59,7 +59,9 @@ class DatasetConfig(Strict):
     shards: str | list[str] = Field(
         description="URL or path of the .tar shards; braces ({000..127}) and * expand"
     )
-    license: str | None = Field(None, description="licence of the data, kept in the bank")
+    license: str | None = Field(
+        None, description="licence of the data, kept in the bank"
+    )
 
 
 class ImageInput(Strict):
@@ -105,7 +107,8 @@ class LabelConfig(Strict):
 
     member: str = Field(description="extension of the member that holds it")
     path: str | None = Field(
-        None, description="dotted path inside a JSON member; else the member is the value"
+        None,
+        description="dotted path inside a JSON member; else the member is the value",
     )
     num_classes: int | None = Field(
         None, ge=1, description="class index in [0, num_classes); omitted: a number"
@@ -214,7 +217,9 @@ class OutputConfig(Strict):
     @model_validator(mode="after")
     def _topk_agrees(self) -> OutputConfig:
         if (self.topk is not None) != (self.encoding == "topk"):
-            raise ValueError("topk: K and encoding: topk go together; give both or `topk`")
+            raise ValueError(
+                "`topk: K` and `encoding: topk` go together; give both, or topk alone"
+            )
         if not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError("temperatures must be a list of positive numbers")
         return self
@@ -290,7 +295,7 @@ class LimitsConfig(Strict):
 
 
 class EngineConfig(Strict):
-    """Where and with what the work is done; changes no byte of the result on one device."""
+    """Where and with what the work is done; on one device it changes no byte."""
 
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     threads: int | None = Field(None, ge=1, description="omitted: the cores there are")
@@ -332,12 +337,12 @@ class Job(Strict):
             for name in names:
                 check_name(name, f"name of {what}")
         for name, config in self.inputs.items():
-            if isinstance(config, ImageInput) and config.calibration:
-                if self.metadata is None:
-                    raise ValueError(
-                        f"inputs.{name}.calibration needs `metadata: EXT`, the JSON "
-                        "member that its path is read from"
-                    )
+            is_calibrated = isinstance(config, ImageInput) and config.calibration
+            if is_calibrated and self.metadata is None:
+                raise ValueError(
+                    f"inputs.{name}.calibration needs `metadata: EXT`, the JSON "
+                    "member that its path is read from"
+                )
         return self
 
     @property

@@ -1,7 +1,8 @@
 """From YAML and ``key=value`` overrides to a checked document.
 
-Owns reading the file, applying overrides, turning validation failures into one line per
-field, and making relative paths absolute: they start from the YAML's own folder.
+Owns turning validation failures into one line that names each field, and making relative
+paths absolute: they start from the YAML's own folder. The YAML itself is in
+``yaml_text``.
 """
 
 from __future__ import annotations
@@ -11,18 +12,40 @@ import hashlib
 import json
 import os
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar, get_args
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    TypeGuard,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+)
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from manifests.errors import ManifestError, StorageError
 from manifests.job import Job, TeacherConfig
 from manifests.storage import read_url
+from manifests.yaml_text import apply_overrides, parse_yaml
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 Model = TypeVar("Model", bound=BaseModel)
 
+# Errors whose text says all: what was given is not repeated behind it.
+_SAID_ALREADY = (
+    "extra_forbidden",
+    "missing",
+    "value_error",
+    "union_tag_not_found",
+    "union_tag_invalid",
+)
+_WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz")
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -52,102 +75,122 @@ def resolve_path(path: str, base: str) -> str:
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
 
 
-def _parse_yaml(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ManifestError(f"{where}{line}: not YAML: {problem}") from error
-    if not isinstance(data, dict):
-        raise ManifestError(f"{where}: must be a mapping of fields, got {type(data).__name__}")
-    return data
+def _branches(annotation: Any) -> list[Any]:
+    """Returns what a type may be: the members of unions, without annotations."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _branches(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [one for part in get_args(annotation) for one in _branches(part)]
+    return [annotation]
 
 
-def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Sets ``a.b.c=value`` in nested mappings, values read as YAML.
-
-    Raises:
-        ManifestError: an override has no '=' or walks through a value.
-    """
-    for text in overrides:
-        path, equals, value = text.partition("=")
-        if not equals or not path:
-            raise ManifestError(f"override must be key=value, got {text!r}")
-        target = data
-        *parents, last = path.split(".")
-        for parent in parents:
-            target = target.setdefault(parent, {})
-            if not isinstance(target, dict):
-                raise ManifestError(f"override {text!r}: {parent} is a value, not a mapping")
-        try:
-            target[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ManifestError(f"override {text!r}: the value is not YAML") from error
+def _is_model(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-def _field_names(model: Any) -> list[str]:
-    """Returns field names of a model, or of the models in a type expression."""
-    if isinstance(model, type) and issubclass(model, BaseModel):
-        return [field.alias or name for name, field in model.model_fields.items()]
-    return [name for part in get_args(model) for name in _field_names(part)]
+def _has_kind(model: type[BaseModel], value: Any) -> bool:
+    """Whether a model of a discriminated union is the one that a value names."""
+    kind = model.model_fields.get("kind")
+    named = value.get("kind") if isinstance(value, Mapping) else None
+    return kind is None or named in get_args(kind.annotation)
 
 
-def _names_near(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    """Returns names of the fields beside an unknown one, to suggest from."""
-    current: Any = model
-    for step in location[:-1]:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            field = next(
-                (f for n, f in current.model_fields.items() if step in (n, f.alias)), None
+def _fields_at(
+    model: type[BaseModel], steps: Sequence[str | int], value: Any
+) -> list[str]:
+    """Returns the names of the fields that may stand at a path of a document."""
+    current: list[Any] = [model]
+    for step in steps:
+        following: list[Any] = []
+        for one in current:
+            if _is_model(one):
+                following += [
+                    branch
+                    for name, field in one.model_fields.items()
+                    if step in (name, field.alias)
+                    for branch in _branches(field.annotation)
+                ]
+            else:
+                following += [b for arg in get_args(one) for b in _branches(arg)]
+        value = value[step]
+        current = following
+    return [
+        field.alias or name
+        for one in current
+        if _is_model(one) and _has_kind(one, value)
+        for name, field in one.model_fields.items()
+    ]
+
+
+def _written_path(
+    location: Sequence[str | int], value: Any, is_missing: bool
+) -> list[str | int]:
+    """Returns a path as it is written, without pydantic's names of union branches."""
+    steps: list[str | int] = []
+    for number, step in enumerate(location):
+        is_last = number == len(location) - 1
+        if isinstance(value, Mapping) and (step in value or (is_last and is_missing)):
+            steps.append(step)
+            value = value.get(step)
+        elif isinstance(value, (list, tuple)) and isinstance(step, int):
+            steps.append(step)
+            value = value[step] if step < len(value) else None
+    return steps
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+
+
+def _complaint(
+    item: ErrorDetails, steps: list[str | int], model: type[BaseModel], data: Any
+) -> str:
+    """Returns what one of pydantic's errors says, in our words."""
+    context = item.get("ctx", {})
+    kind = str(context.get("discriminator", "")).strip("'")
+    match item["type"]:
+        case "extra_forbidden":
+            known = _fields_at(model, steps[:-1], data)
+            return f"no such field; {_nearest(str(steps[-1]), known)}"
+        case "missing":
+            return "missing, it must be given"
+        case "value_error":
+            return item["msg"].removeprefix("Value error, ")
+        case "union_tag_not_found":
+            return f"{kind} is missing, it must be given"
+        case "union_tag_invalid":
+            known = re.findall(r"'([^']+)'", context["expected_tags"])
+            return (
+                f"no such {kind}: {context['tag']!r}; {_nearest(context['tag'], known)}"
             )
-            current = field.annotation if field else None
-        else:
-            models = [
-                part
-                for part in _all_parts(current)
-                if isinstance(part, type) and issubclass(part, BaseModel)
-            ]
-            tagged = [
-                part
-                for part in models
-                if "kind" in part.model_fields
-                and step in get_args(part.model_fields["kind"].annotation)
-            ]
-            current = (tagged or [models[0] if len(models) == 1 else tuple(models)])[0]
-            if isinstance(current, tuple):
-                continue
-    if isinstance(current, tuple):
-        return [name for part in current for name in _field_names(part)]
-    return _field_names(current) if current is not None else []
+        case "literal_error":
+            known = re.findall(r"'([^']+)'", context["expected"])
+            return (
+                f"must be {context['expected']}; {_nearest(str(item['input']), known)}"
+            )
+    return item["msg"][:1].lower() + item["msg"][1:]
 
 
-def _all_parts(annotation: Any) -> list[Any]:
-    parts = [annotation]
-    for part in get_args(annotation):
-        parts.extend(_all_parts(part))
-    return parts
-
-
-def explain(error: ValidationError, model: type[BaseModel], where: str) -> ManifestError:
-    """Returns one error with a line per field that is wrong, with the nearest name."""
-    lines = []
+def explain(
+    error: ValidationError, model: type[BaseModel], data: Any, where: str
+) -> ManifestError:
+    """Returns one error that names each field that is wrong, with the nearest name."""
+    found: dict[str, list[str]] = {}
+    got: dict[str, str] = {}
     for item in error.errors():
-        path = ".".join(str(step) for step in item["loc"])
-        if item["type"] == "extra_forbidden":
-            known = _names_near(model, item["loc"])
-            near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-            lines.append(f"{path}: no such field; {hint}")
-        elif item["type"] == "missing":
-            lines.append(f"{path}: missing, it must be given")
-        elif item["type"] == "value_error":
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{path}: {message}" if path else message)
-        else:
-            lines.append(f"{path}: {item['msg'].lower()}, got {item['input']!r}")
-    return ManifestError("; ".join(f"{where}: {line}" for line in lines))
+        steps = _written_path(item["loc"], data, item["type"] == "missing")
+        path = ".".join(str(step) for step in steps)
+        found.setdefault(path, []).append(_complaint(item, steps, model, data))
+        if item["type"] not in _SAID_ALREADY:
+            got[path] = f" (got {item['input']!r})"
+    lines = [
+        (f"{path}: " if path else "") + " or ".join(said) + got.get(path, "")
+        for path, said in found.items()
+    ]
+    return ManifestError(f"{where}: {'; '.join(lines)}")
 
 
 def parse_document(model: type[Model], data: Mapping[str, Any], where: str) -> Model:
@@ -159,7 +202,7 @@ def parse_document(model: type[Model], data: Mapping[str, Any], where: str) -> M
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise explain(error, model, where) from error
+        raise explain(error, model, data, where) from error
 
 
 def load_json(model: type[Model], text: bytes, where: str) -> Model:
@@ -173,16 +216,23 @@ def load_json(model: type[Model], text: bytes, where: str) -> Model:
     return parse_document(model, data, where)
 
 
-def _resolve_teacher(config: TeacherConfig, base: str) -> TeacherConfig:
+def is_weights_file(weights: str) -> bool:
+    """Whether ``weights:`` names a file or URL, not a tag: by slash or suffix."""
+    return (
+        "/" in weights or "\\" in weights or weights.lower().endswith(_WEIGHTS_SUFFIXES)
+    )
+
+
+def _resolve_teacher(name: str, config: TeacherConfig, base: str) -> TeacherConfig:
     changes: dict[str, Any] = {}
-    weights = config.weights
-    if weights is not None and (weights.startswith((".", "/", "~")) or "/" in weights):
-        changes["weights"] = resolve_path(weights, base)
+    if config.weights is not None and is_weights_file(config.weights):
+        changes["weights"] = resolve_path(config.weights, base)
     if config.family == "module":
         file, colon, attribute = config.model_name.rpartition(":")
         if not colon:
             raise ManifestError(
-                f"model must be module:FILE.py:CLASS, got {config.model!r}"
+                f"teachers.{name}.model: must be module:FILE.py:CLASS, got "
+                f"{config.model!r}"
             )
         changes["model"] = f"module:{resolve_path(file, base)}:{attribute}"
     return config.model_copy(update=changes)
@@ -198,7 +248,7 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
         text = read_url(path)
     except StorageError as error:
         raise ManifestError(f"cannot read the job: {error}") from error
-    data = _parse_yaml(text, path)
+    data = parse_yaml(text, path)
     apply_overrides(data, overrides)
     job = parse_document(Job, data, path)
     base = folder_of(path)
@@ -208,7 +258,8 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
         update={"shards": [resolve_path(pattern, base) for pattern in patterns]}
     )
     teachers = {
-        name: _resolve_teacher(config, base) for name, config in job.teachers.items()
+        name: _resolve_teacher(name, config, base)
+        for name, config in job.teachers.items()
     }
     return job.model_copy(
         update={

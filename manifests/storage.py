@@ -1,7 +1,6 @@
 """Where documents, shards and banks lie: any fsspec URL, one code path.
 
-Owns opening, listing, create-only and atomic writing. Does not know what the bytes mean.
-A write becomes visible whole or not at all: object stores do that by nature; on a local
+Owns opening, listing, create-only and atomic writing, not what the bytes mean. A write becomes visible whole or not at all: object stores do that by nature; on a local
 disk a temporary name in ``.tmp/`` is linked (create) or renamed (replace) into place.
 """
 
@@ -29,7 +28,7 @@ _READ_BYTES = 8 * 2**20
 
 @dataclass(frozen=True)
 class Stat:
-    """Size of a file and, where the store keeps one, a tag that changes with its bytes."""
+    """Size of a file, and a tag that changes with its bytes where the store has one."""
 
     size_bytes: int
     tag: str | None
@@ -51,6 +50,10 @@ def explain(error: BaseException, what: str, url: str) -> StorageError:
         hint = "permission denied; check who owns it and what you may write"
     elif code == errno.EROFS:
         hint = "the file system is read-only; choose another place"
+    elif isinstance(error, NotADirectoryError):
+        hint = "a file is in the way, not a folder; move it or choose another path"
+    elif isinstance(error, IsADirectoryError):
+        hint = "it is a folder, a file is needed"
     elif isinstance(error, FileNotFoundError):
         hint = "nothing is there; check the path"
     elif isinstance(error, ImportError):
@@ -186,7 +189,8 @@ class Store:
         Returns:
             True if this call made the object, False if one was there already.
         """
-        buffers = [parts] if isinstance(parts, (bytes, bytearray, memoryview)) else parts
+        is_one = isinstance(parts, (bytes, bytearray, memoryview))
+        buffers = cast(Sequence[Buffer], [parts] if is_one else parts)
         try:
             if self._local is not None:
                 return self._create_local(self._local / path, buffers)
@@ -264,7 +268,7 @@ class Store:
             raise explain(error, "delete", self.url_of(path)) from error
 
     def list(self, prefix: str) -> Iterator[tuple[str, int]]:
-        """Yields (path relative to the store, size) of every object under ``prefix``."""
+        """Yields (path inside the store, size) of every object under ``prefix``."""
         try:
             if self._local is not None:
                 yield from self._list_local(self._local, prefix.rstrip("/"))

@@ -216,8 +216,8 @@ class OpenClipTeacher(TorchTeacher):
             return tower
         if isinstance(tower, TimmModel):
             tower.set_input_size(size)
-            return tower
-        resized: nn.Module = self._tower(size, "cpu")
+            return freeze(tower)
+        resized = self._tower(size, "cpu")
         load_strict(resized, tower_state(resized, tower.state_dict()), self._name)
         return resized
 

@@ -298,9 +298,8 @@ def check_sizes(sizes: Sequence[Size], patch: Size, where: str) -> None:
     """
     for size in sizes:
         if size[0] % patch[0] or size[1] % patch[1]:
-            nearest = [
-                max(1, round(n / p)) * p for n, p in zip(size, patch, strict=True)
-            ]
+            pairs = zip(size, patch, strict=True)
+            nearest = [max(1, round(side / unit)) * unit for side, unit in pairs]
             raise TeacherError(
                 f"{where}.sizes must be multiples of the patch {patch[0]} x {patch[1]}, "
                 f"got {list(size)}; the nearest is {nearest}"

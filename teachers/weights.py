@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from manifests.errors import StorageError
+from manifests.loading import is_weights_file
 from manifests.storage import open_url, stat_url
 from teachers.errors import TeacherError
 from teachers.interface import TeacherRequest, WeightsRecord
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _PIECE_BYTES = 8 * 2**20
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz")
 _CONTAINERS = ("state_dict", "model", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.")
 _SHOWN = 5
@@ -79,7 +79,7 @@ def parse_wanted(request: TeacherRequest) -> Wanted:
                 f"with a whole number, got {text!r}"
             )
         return Wanted("random", asked, seed=int(seed))
-    if "/" in text or "\\" in text or text.lower().endswith(_SUFFIXES):
+    if is_weights_file(text):
         return Wanted("file", asked, url=resolve(request.base, text))
     return Wanted("pretrained", asked, tag=text)
 

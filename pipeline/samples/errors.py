@@ -1,4 +1,4 @@
-"""The error of this package: a fault of the data, which becomes a reason, not a crash."""
+"""The errors of this package: faults of the data, which become reasons, not crashes."""
 
 from manifests.errors import TeachOnceError
 

@@ -40,8 +40,8 @@ def lay_road(yard: Yard, bend: float, plan: Road) -> Road:
     """Returns ``plan`` with the car in its lane, curved by up to ``bend`` per metre."""
     return replace(
         plan,
-        offset_m=plan.lane_centre(plan.lanes - 1) + yard.uniform(-0.35, 0.35),
-        heading=yard.uniform(-0.03, 0.03),
+        offset_m=plan.lane_centre(plan.lanes - 1) + yard.uniform(-0.45, 0.45),
+        heading=yard.uniform(-0.05, 0.05),
         curvature_per_m=yard.uniform(-bend, bend),
     )
 

@@ -28,6 +28,8 @@ from teachonce.demo.streets import SCENE_CLASSES, build_street
 #: Times of the future waypoints, seconds.
 WAYPOINT_S = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
 
+_HARDEST_MPS2 = 5.0
+
 
 class Stream(IntEnum):
     """Independent random streams of one scene."""
@@ -39,6 +41,7 @@ class Stream(IntEnum):
     WEATHER = 4
     CAMERA_NOISE = 5
     LIDAR_NOISE = 6
+    LOOK = 7
 
 
 def draw_stream(seed: int, index: int, stream: Stream) -> np.random.Generator:
@@ -124,6 +127,40 @@ class Rig:
 
 
 @dataclass(frozen=True)
+class Look:
+    """How this day and this camera look; nothing here is geometry.
+
+    Attributes:
+        exposure: gain of the camera.
+        balance_3: float32 gain of red, green, blue.
+        is_overcast: whether clouds hide the sun.
+        clouds: how much of the sky they cover, about -0.2 to 0.4.
+        ground: albedo gains of asphalt, pavement, terrain.
+        dryness: share of straw in the terrain's green, 0 to 0.6.
+    """
+
+    exposure: float
+    balance_3: NDArray[np.float32]
+    is_overcast: bool
+    clouds: float
+    ground: tuple[float, float, float]
+    dryness: float
+
+
+def _draw_look(seed: int, index: int) -> Look:
+    draws = draw_stream(seed, index, Stream.LOOK).random(10)
+    asphalt, pavement, terrain = (0.65 + 0.8 * draws[5:8]).tolist()
+    return Look(
+        exposure=float(0.65 * 2.1 ** draws[0]),
+        balance_3=(0.88 + 0.24 * draws[1:4]).astype(np.float32),
+        is_overcast=bool(draws[4] < 0.25),
+        clouds=float(-0.2 + 0.6 * draws[8]),
+        ground=(asphalt, pavement, terrain),
+        dryness=float(0.6 * draws[9]),
+    )
+
+
+@dataclass(frozen=True)
 class Scene:
     """Everything that is true about one scene, before any sensor looks at it.
 
@@ -133,6 +170,7 @@ class Scene:
         street: road, lamps, traffic.
         objects: what stands there.
         rig: the sensors.
+        look: light and colour of the day.
         sun_3: unit vector towards the sun, ego frame.
         is_night: whether it is night.
         fog_m: how far one sees in the fog, metres; None without fog.
@@ -146,6 +184,7 @@ class Scene:
     street: Street
     objects: Objects
     rig: Rig
+    look: Look
     sun_3: NDArray[np.float64]
     is_night: bool
     fog_m: float | None
@@ -199,6 +238,10 @@ def draw_scene(seed: int, index: int, options: SceneOptions | None = None) -> Sc
         palette=FAMILIES[options.textures],
     )
     street = build_street(cls, yard)
+    # Nobody drives so fast that they would have to brake harder than this.
+    street.speed_mps = min(
+        street.speed_mps, float(np.sqrt(2 * _HARDEST_MPS2 * _free_m(street)))
+    )
     weather = draw_stream(seed, index, Stream.WEATHER)
     night_draw, fog_draw, fog_share, turn, rise = weather.random(5)
     azimuth, elevation = 2 * np.pi * turn, np.radians(28 + 30 * rise)
@@ -210,6 +253,7 @@ def draw_scene(seed: int, index: int, options: SceneOptions | None = None) -> Sc
         street=street,
         objects=yard.table(),
         rig=_draw_rig(seed, index, options),
+        look=_draw_look(seed, index),
         sun_3=np.array(
             [
                 np.cos(elevation) * np.cos(azimuth),
@@ -226,7 +270,7 @@ def draw_scene(seed: int, index: int, options: SceneOptions | None = None) -> Sc
 def _draw_rig(seed: int, index: int, options: SceneOptions) -> Rig:
     """Draws the calibration: no two cars carry their camera quite alike."""
     draws = draw_stream(seed, index, Stream.RIG).random(9) * 2 - 1
-    focal = options.width * (0.62 + 0.02 * draws[0])
+    focal = options.width * (0.62 + 0.05 * draws[0])
     intrinsics_33 = np.array(
         [
             [focal, 0.0, options.width * (0.5 + 0.01 * draws[1])],
@@ -234,7 +278,7 @@ def _draw_rig(seed: int, index: int, options: SceneOptions) -> Rig:
             [0.0, 0.0, 1.0],
         ]
     )
-    yaw, pitch, roll = np.radians(np.array([1.5, 1.0, 0.5]) * draws[3:6])
+    yaw, pitch, roll = np.radians(np.array([3.0, 1.8, 1.0]) * draws[3:6])
     turn_33 = _rotation(2, yaw) @ _rotation(1, pitch + np.radians(1.5))
     turn_33 = turn_33 @ _rotation(0, roll)
     axes_33 = np.array([[0.0, -1.0, 0.0], [0.0, 0.0, -1.0], [1.0, 0.0, 0.0]])
@@ -254,21 +298,29 @@ def _rotation(axis: int, angle: float) -> NDArray[np.float64]:
     return matrix_33
 
 
-def _drive(street: Street) -> NDArray[np.float64]:
-    """Returns the waypoints: along the lane, braking for what is ahead.
+def _free_m(street: Street) -> float:
+    """Returns how far the car can go before it has to stand; inf if nothing is ahead.
 
-    Braking is even, to stand 7 m short of the vehicle ahead, or at the stop line if the
-    light is red or somebody crosses, where that needs more than a gentle 1 m/s^2. So
-    where the car goes depends on the road's bend, the traffic and the colour of a
-    light, not on its speed alone.
+    It stands 7 m short of the middle of the vehicle ahead, or at the stop line if the
+    light is red or somebody crosses.
     """
-    road, speed = street.road, street.speed_mps
+    road = street.road
     stops = [] if street.lead_x_m is None else [street.lead_x_m - 7.0]
     if (street.is_red or street.has_crosser) and road.cross_m is not None:
         stops.append(road.cross_m - road.cross_half_m - road.stop_m - 2.0)
-    distance = max(1.0, min(stops, default=np.inf))
-    slowing = speed * speed / (2 * distance)
-    slowing = min(slowing, 8.0) if slowing > 1.0 else 0.0
+    return max(1.0, min(stops, default=float("inf")))
+
+
+def _drive(street: Street) -> NDArray[np.float64]:
+    """Returns the waypoints: along the lane, braking evenly for what is ahead.
+
+    The car brakes where standing in time needs more than a gentle 1 m/s^2. So where it
+    goes depends on the road's bend, the traffic and the colour of a light, not on its
+    speed alone.
+    """
+    road, speed = street.road, street.speed_mps
+    slowing = speed * speed / (2 * _free_m(street))
+    slowing = slowing if slowing > 1.0 else 0.0
     zero = np.zeros(1, np.float32)
     own_m = float(road.left_of(zero, zero)[0])
     points, x, step_s = [], 0.0, 0.05

@@ -30,6 +30,7 @@ _HEADLIGHT = np.array((1.0, 0.97, 0.85), np.float32)
 _LAMPLIGHT = np.array((1.0, 0.72, 0.38), np.float32)
 _FOG_DAY = np.array((0.55, 0.57, 0.6), np.float32)
 _FOG_NIGHT = np.array((0.035, 0.035, 0.04), np.float32)
+_STRAW = np.array((0.3, 0.25, 0.12), np.float32)
 _LEVELS = 4096
 
 
@@ -95,8 +96,9 @@ def _points(
 def _expose(scene: Scene, light_HW3: Floats) -> NDArray[np.uint8]:
     """Returns the picture for linear light: tone curve, then the sensor's noise."""
     rng = scene.stream(Stream.CAMERA_NOISE)
-    gain = 1.5 if scene.is_night else 1.0
-    index_HW3 = np.clip(light_HW3 * np.float32(gain * _LEVELS / 1.4), 0, _LEVELS - 1)
+    gain = scene.look.exposure * (1.5 if scene.is_night else 1.0)
+    gain_3 = scene.look.balance_3 * np.float32(gain * _LEVELS / 1.4)
+    index_HW3 = np.clip(light_HW3 * gain_3, 0, _LEVELS - 1)
     shown_HW3 = _tone_curve()[index_HW3.astype(np.int32)]
     noise_HW3 = rng.standard_normal(light_HW3.shape, np.float32)
     shown_HW3 += noise_HW3 * np.float32(4.5 if scene.is_night else 1.8)
@@ -129,11 +131,16 @@ def _sky(scene: Scene, grid: CameraGrid) -> Floats:
         noise = scene.palette.noise()
         row = (x_HW * over_HW * 26 + shift * 3).astype(np.int32) & 255
         column = (y_HW * over_HW * 26 + shift * 7).astype(np.int32) & 255
-        cloud_HW1 = np.clip(noise[row, column] * 0.7 + 0.12, 0, 0.5)[..., None]
+        cloud_HW1 = np.clip(noise[row, column] * 0.7 + scene.look.clouds, 0, 0.6)[
+            ..., None
+        ]
         light_HW3 += (np.float32(0.82) - light_HW3) * cloud_HW1
         sun = scene.sun_3.astype(np.float32)
         toward_HW = x_HW * sun[0] + y_HW * sun[1] + z_HW * sun[2]
-        light_HW3 += (0.5 * np.clip(toward_HW, 0, 1) ** 24)[..., None] * _SUN
+        if scene.look.is_overcast:
+            light_HW3 = np.float32(0.55) + 0.2 * (light_HW3 - np.float32(0.6))
+        else:
+            light_HW3 += (0.5 * np.clip(toward_HW, 0, 1) ** 24)[..., None] * _SUN
         haze = _FOG_DAY
     if scene.fog_m is not None:
         thin_HW1 = np.clip(rise_HW - 0.1, 0, 1)[..., None] * np.float32(0.8)
@@ -151,6 +158,10 @@ def _ground_albedo(
     table = np.zeros((len(Label), 3), np.float32)
     table[Label.ROAD], table[Label.MARKING] = palette.asphalt, palette.paint
     table[Label.PAVEMENT], table[Label.TERRAIN] = palette.pavement, palette.terrain
+    table[[Label.ROAD, Label.PAVEMENT, Label.TERRAIN]] *= np.array(
+        scene.look.ground, np.float32
+    )[:, None]
+    table[Label.TERRAIN] += scene.look.dryness * (_STRAW - table[Label.TERRAIN])
     albedo_P3 = table[label_P]
     fine_P, coarse_P = grain(palette, x_P, y_P), grain(palette, x_P * 0.13, y_P * 0.13)
     rough = np.zeros(len(Label), np.float32)
@@ -271,10 +282,10 @@ def _day_light(
     facing_P = np.clip(normal_P3[:, 0] * sun[0] + normal_P3[:, 1] * sun[1]
                        + normal_P3[:, 2] * sun[2], 0, 1)  # fmt: skip
     direct = np.float32(1.0)
-    if scene.fog_m is None:
+    if scene.fog_m is None and not scene.look.is_overcast:
         facing_P *= 1 - _shadow(scene, at, normal_P3)
     else:
-        direct = np.float32(0.25)
+        direct = np.float32(0.3)
     around_P = 0.62 + 0.38 * normal_P3[:, 2]
     light_P3: Floats = (direct * facing_P)[:, None] * _SUN + around_P[
         :, None

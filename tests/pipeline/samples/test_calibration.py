@@ -81,7 +81,8 @@ def test_points_of_a_view_fall_on_the_pixels_of_the_view(
     rotation = mapped.lidar2cam[:3, :3]
     np.testing.assert_allclose(rotation @ rotation.T, np.eye(3), atol=1e-12)
     assert np.linalg.det(rotation) == pytest.approx(1)
-    assert mapped.intrinsics[0, 0] > 0 and mapped.intrinsics[1, 1] > 0
+    assert mapped.intrinsics[0, 0] > 0
+    assert mapped.intrinsics[1, 1] > 0
     if (yaw, scale) == (0.0, 1.0):
         plain = calibration_in_view(calibration, box, flip, (height, width))
         np.testing.assert_allclose(plain.lidar2cam, mapped.lidar2cam)

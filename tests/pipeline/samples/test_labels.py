@@ -52,7 +52,8 @@ def test_labels(
         assert len(raised.value.detail) < 250
     else:
         label = parse_label(member, config)
-        assert label == expected and type(label) is type(expected)
+        assert label == expected
+        assert type(label) is type(expected)
 
 
 @pytest.mark.parametrize(

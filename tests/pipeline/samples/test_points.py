@@ -24,7 +24,8 @@ def sweep_N4() -> np.ndarray:
 
 def test_points_come_back_with_intensity_scaled(sweep_N4: np.ndarray) -> None:
     points = decode_points(sweep_N4.tobytes(), XYZI, 255.0)
-    assert points.dtype == np.float32 and points.flags.writeable
+    assert points.dtype == np.float32
+    assert points.flags.writeable
     np.testing.assert_array_equal(points[:, :3], sweep_N4[:, :3])
     np.testing.assert_array_equal(points[:, 3], sweep_N4[:, 3] / np.float32(255))
 

@@ -65,7 +65,8 @@ def test_boxes_are_inside_and_of_the_wanted_area(
     policy = replace(POLICY, seed=seed, scale=scale, ratio=ratio, view0={"a": kind})
     x0, y0, x1, y1 = draw_view(policy, "s", key, index, {"a": size}).boxes["a"]
     w0, h0, w1, h1 = evaluation_box(size, kind)
-    assert w0 <= x0 < x1 <= w1 and h0 <= y0 < y1 <= h1
+    assert w0 <= x0 < x1 <= w1
+    assert h0 <= y0 < y1 <= h1
     share = (x1 - x0) * (y1 - y0) / ((w1 - w0) * (h1 - h0))
     assert scale[0] * (1 - 1e-9) <= share <= scale[1] * (1 + 1e-9)
     aspect = (x1 - x0) / (y1 - y0) / ((w1 - w0) / (h1 - h0))

@@ -13,7 +13,8 @@ from teachonce.demo.samples import DemoSample, make_sample
 from teachonce.demo.scenes import SceneOptions, draw_class, draw_scene
 from teachonce.demo.streets import SCENE_CLASSES
 
-from .conftest import SEED
+#: What the fixture ``samples`` is drawn from.
+SEED = 7
 
 
 def _truth_differs(one: DemoSample, other: DemoSample) -> list[str]:
@@ -133,6 +134,8 @@ def test_waypoints_follow_the_lane_and_stop_at_red() -> None:
         assert steps.max() <= 0.5 * scene.street.speed_mps + 0.5
         left = scene.road.left_of(*(axis.astype(np.float32) for axis in way.T))
         assert np.ptp(left) < 0.5
+        if scene.street.lead_x_m is not None:
+            assert way[-1, 0] < scene.street.lead_x_m - 5
         if scene.street.is_red and scene.road.cross_m is not None:
             is_braking_seen = True
             stop = scene.road.cross_m - scene.road.cross_half_m

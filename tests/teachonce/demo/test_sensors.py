@@ -16,7 +16,8 @@ from teachonce.demo.samples import DemoSample, make_sample
 from teachonce.demo.scenes import SceneOptions
 from teachonce.demo.truth import BEV_CELL_M, BEV_CELLS, BEV_X_M, BEV_Y_M
 
-from .conftest import SEED
+#: What the fixture ``samples`` is drawn from.
+SEED = 7
 
 
 def _project(

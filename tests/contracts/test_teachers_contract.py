@@ -1,0 +1,303 @@
+"""What every teacher keeps, whatever its family.
+
+Small models stand for their kinds: transformers with a class token, with registers and
+of one size only; convolutional nets, NCHW and NHWC; contrastive towers; modules on
+images and on sweeps. Weights are random, so that what is tested is ours and not the training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip.transform
+import pytest
+import timm.data.config
+import timm.data.transforms_factory
+import timm.models
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from manifests.job import TeacherConfig
+from teachers.interface import GroupInput, ImageSpec, Size, Teacher, TeacherRequest
+from teachers.preprocess import prepare, to_tensor
+from teachers.registry import find_weights, open_teacher
+
+CODE = """
+from torch import nn
+
+
+class Grid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        stem = nn.Conv2d(3, 8, 3, 2, 1)
+        self.encoder = nn.Sequential(
+            stem, nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 4, 4)
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, image):
+        return self.head(self.encoder(image).mean((2, 3)))
+
+
+class Points(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.each = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16))
+
+    def forward(self, sweep):
+        return self.each(sweep).amax(1)
+"""
+SWEEP = GroupInput("lidar", "points", columns=("x", "y", "z", "intensity"))
+CLS_AND_PATCH: dict[str, Any] = {"cls": {}, "pooled": {}, "patch": {}, "layer1": {}}
+MAPS: dict[str, Any] = {"pooled": {}, "logits": {}, "patch": {}, "level1": {}}
+CASES: dict[str, dict[str, Any]] = {
+    "class token": {
+        "model": "timm:test_vit",
+        "outputs": {**CLS_AND_PATCH, "logits": {}, "patch": {"pool": (2, 2)}},
+        "sizes": [(96, 160), (160, 160)],
+    },
+    "registers, one size": {
+        "model": "timm:vit_small_patch14_reg4_dinov2",
+        "args": {"embed_dim": 48, "depth": 3, "num_heads": 2},
+        "outputs": CLS_AND_PATCH,
+        "sizes": [(70, 112)],
+    },
+    "rotary positions": {
+        "model": "timm:vit_small_patch16_dinov3",
+        "args": {"embed_dim": 64, "depth": 3, "num_heads": 2},
+        "outputs": CLS_AND_PATCH,
+        "sizes": [(96, 160)],
+    },
+    "convnext": {"model": "timm:test_convnext", "outputs": MAPS, "sizes": [(96, 160)]},
+    "resnet": {"model": "timm:test_resnet", "outputs": MAPS, "sizes": [(96, 160)]},
+    "byobnet": {"model": "timm:test_byobnet", "outputs": MAPS, "sizes": [(96, 160)]},
+    "channels last": {
+        "model": "timm:swin_tiny_patch4_window7_224",
+        "args": {"embed_dim": 24, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8)},
+        "outputs": MAPS,
+        "sizes": [(224, 224)],
+    },
+    "clip": {
+        "model": "open_clip:ViT-S-32-alt",
+        "outputs": {"embed": {}, "pooled": {}, "patch": {}, "layer0": {"norm": "pre"}},
+        "sizes": [(96, 160)],
+    },
+    "module on images": {
+        "model": "module:./code.py:Grid",
+        "outputs": {"patch": {"from": "encoder"}, "logits": {}},
+        "sizes": [(64, 128)],
+        "preprocess": {"channels": "bgr", "range": 255, "mean": (9, 8, 7)},
+    },
+    "module on sweeps": {
+        "model": "module:./code.py:Points",
+        "outputs": {"pooled": {}},
+        "preprocess": {"points": 32, "columns": ("x", "y", "z", "intensity")},
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two cores are shared with other test processes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns a folder with the modules of `CODE`."""
+    path = tmp_path_factory.mktemp("teachers")
+    (path / "code.py").write_text(CODE)
+    return path
+
+
+def _open(case: str, folder: Path, device: str = "cpu", **changes: Any) -> Teacher:
+    config = TeacherConfig(weights="random", **{**CASES[case], **changes})
+    images = (GroupInput("image", "image"),)
+    group = images if config.sizes else (SWEEP,)
+    request = TeacherRequest("t", config, group, str(folder))
+    return open_teacher(request, find_weights(request), device)
+
+
+def _batch(
+    teacher: Teacher, size: Size | None, rows: int, seed: int = 0
+) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    dtype = getattr(torch, teacher.request.config.precision)
+    batch = {}
+    for name, spec in teacher.inputs(size).items():
+        if isinstance(spec, ImageSpec):
+            pixels = (rows, spec.height, spec.width, 3)
+            raw: Any = rng.integers(0, 256, pixels, dtype=np.uint8)
+        else:
+            points = (rows, spec.num_points, len(spec.columns))
+            raw = rng.normal(size=points).astype(np.float32)
+        batch[name] = to_tensor(raw, spec, "cpu", dtype)
+    return batch
+
+
+every_case = pytest.mark.parametrize("case", list(CASES))
+
+
+@every_case
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_shapes_are_those_declared_without_weights(
+    case: str, precision: str, folder: Path
+) -> None:
+    teacher = _open(case, folder, precision=precision)
+    declared = _open(case, folder, device="meta", precision=precision)
+    assert declared.sizes == teacher.sizes
+    assert declared.facts == teacher.facts
+    assert declared.facts.num_parameters > 0
+    for size in teacher.sizes:
+        specs = declared.outputs(size)
+        assert specs == teacher.outputs(size)
+        assert set(specs) == set(CASES[case]["outputs"])
+        found = teacher.forward(_batch(teacher, size, 3), size)
+        for name, spec in specs.items():
+            assert found[name].shape == (3, *spec.shape)
+            assert found[name].dtype == getattr(torch, spec.dtype)
+            assert spec.dtype == precision
+            assert found[name].is_contiguous()
+            assert not found[name].requires_grad
+            assert torch.isfinite(found[name]).all()
+            assert len(spec.dimension_names) == len(spec.shape)
+
+
+@every_case
+def test_a_teacher_opened_again_gives_the_same_bits(case: str, folder: Path) -> None:
+    first, second = _open(case, folder), _open(case, folder)
+    for size in first.sizes:
+        batch = _batch(first, size, 2)
+        one, two = first.forward(batch, size), second.forward(batch, size)
+        again = first.forward(batch, size)
+        for name in one:
+            assert torch.equal(one[name], two[name])
+            assert torch.equal(one[name], again[name])
+
+
+@every_case
+def test_a_row_does_not_depend_on_its_neighbours(case: str, folder: Path) -> None:
+    teacher = _open(case, folder)
+    size = teacher.sizes[0]
+    batch, others = _batch(teacher, size, 4), _batch(teacher, size, 4, seed=1)
+    mixed = {key: torch.cat([batch[key][:1], others[key][1:]]) for key in batch}
+    alone = {key: value[:1] for key, value in batch.items()}
+    whole, beside, single = (
+        teacher.forward(item, size) for item in (batch, mixed, alone)
+    )
+    for name in whole:
+        assert torch.equal(whole[name][0], beside[name][0]), name
+        assert torch.allclose(whole[name][0], single[name][0], atol=1e-5, rtol=1e-5)
+
+
+def _response(teacher: Teacher, name: str, centre: tuple[float, float]) -> Tensor:
+    """How much each cell of a grid (H, W) changes with a bright patch at (x, y)."""
+    size = teacher.sizes[0]
+    assert size is not None
+    spec = teacher.inputs(size)["image"]
+    height, width = size
+    rng = np.random.default_rng(3)
+    ground = rng.integers(90, 120, (height, width, 3), dtype=np.uint8)
+    patched = ground.copy()
+    y, x, half = int(centre[1] * height), int(centre[0] * width), 6
+    patched[max(0, y - half) : y + half, max(0, x - half) : x + half] = 250
+    batch = to_tensor(np.stack([ground, patched]), spec, "cpu", torch.float32)
+    grid = teacher.forward({"image": batch}, size)[name]
+    return (grid[1] - grid[0]).square().sum(-1)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "sizes" in CASES[name]])
+def test_cells_are_where_their_pixels_are(case: str, folder: Path) -> None:
+    teacher = _open(case, folder)
+    specs = teacher.outputs(teacher.sizes[0])
+    grids = [name for name, spec in specs.items() if spec.kind == "grid"]
+    assert grids
+    for name in grids:
+        rows, columns, _ = specs[name].shape
+        for x, y in ((0.2, 0.25), (0.8, 0.25), (0.2, 0.75), (0.8, 0.75)):
+            response = _response(teacher, name, (x, y))
+            row, column = divmod(int(response.argmax()), columns)
+            # Cell (i, j) is centred at ((j + .5) / columns, (i + .5) / rows).
+            assert abs(row + 0.5 - y * rows) <= 1, (name, x, y)
+            assert abs(column + 0.5 - x * columns) <= 1, (name, x, y)
+
+
+def _picture(width: int, height: int) -> Image.Image:
+    """A picture with gradients, edges and fine texture."""
+    y, x = np.mgrid[0:height, 0:width].astype(np.float64)
+    waves = [
+        np.sin(x / a + y / b + c) for a, b, c in ((9, 31, 0), (23, 7, 1), (5, 11, 2))
+    ]
+    pixels = np.stack([127 + 100 * wave for wave in waves], -1)
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((width * 0.2, height * 0.3, width * 0.5, height * 0.8), fill="orange")
+    draw.rectangle((width * 0.6, height * 0.1, width * 0.7, height * 0.9), fill="navy")
+    return image
+
+
+def _own_transform(case: str) -> tuple[Any, int, int]:
+    """Returns the family's evaluation transform, its resize and its crop, in pixels."""
+    family, _, name = CASES[case]["model"].partition(":")
+    if family == "timm":
+        known = timm.models.get_pretrained_cfg(name)
+        assert known is not None
+        config: Any = timm.data.config.resolve_data_config(
+            {}, pretrained_cfg=known.to_dict()
+        )
+        side = config["input_size"][-1]
+        make = timm.data.transforms_factory.create_transform
+        crop = config["crop_pct"]
+        return make(**config, is_training=False), math.floor(side / crop), side
+    defaults = open_clip.transform.PreprocessCfg()
+    side = open_clip.get_model_config(name)["vision_cfg"]["image_size"]
+    transform = open_clip.transform.image_transform(
+        side, is_train=False, mean=defaults.mean, std=defaults.std
+    )
+    return transform, side, side
+
+
+OWN = ["class token", "registers, one size", "convnext", "channels last", "clip"]
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_colour_is_the_familys_own(case: str, folder: Path) -> None:
+    """On pixels that need no resize, to 1e-6."""
+    transform, resize, side = _own_transform(case)
+    teacher = _open(case, folder, device="meta", sizes=[(side, side)])
+    spec = teacher.inputs((side, side))["image"]
+    image = _picture(resize, resize)
+    offset = round((resize - side) / 2)
+    cut = image.crop((offset, offset, offset + side, offset + side))
+    found = to_tensor(np.asarray(cut)[None], spec, "cpu", torch.float32)[0]
+    assert (found - transform(image)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("case", OWN)
+@pytest.mark.parametrize("shape", [(900, 640), (500, 667)])
+def test_resize_is_the_familys_own_where_the_box_is(
+    case: str, shape: tuple[int, int], folder: Path
+) -> None:
+    """One resize of the fractional box against resize, then crop of whole pixels."""
+    transform, resize, side = _own_transform(case)
+    teacher = _open(case, folder, device="meta", sizes=[(side, side)])
+    spec: Any = teacher.inputs((side, side))["image"]
+    image = _picture(*shape)
+    short = min(shape)
+    scaled = [resize if edge == short else int(resize * edge / short) for edge in shape]
+    left, top = (round((edge - side) / 2) for edge in scaled)
+    x, y = (edge / new for edge, new in zip(shape, scaled, strict=True))
+    box = (left * x, top * y, (left + side) * x, (top + side) * y)
+    found = to_tensor(prepare(image, spec, box)[None], spec, "cpu", torch.float32)[0]
+    levels = torch.tensor(spec.std).view(3, 1, 1) * 255
+    difference = ((found - transform(image)) * levels).abs()
+    assert difference.max() < 2.01
+    assert difference.mean() < 0.05
