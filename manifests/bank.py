@@ -92,6 +92,11 @@ class PassEntry(Strict):
         """Numbers of the views it covers."""
         return range(self.first_view, self.last_view + 1)
 
+    @property
+    def flops_per_row(self) -> float:
+        """Operations that a row costs in all its views, 0 where they are not known."""
+        return float(self.provenance.get("flops_per_row", 0.0)) * len(self.views)
+
 
 class BankState(Strict):
     """What finalise found: the bank is whole when every committed count is complete."""

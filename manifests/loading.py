@@ -1,7 +1,7 @@
 """From YAML and ``key=value`` overrides to a checked document.
 
-Owns turning validation failures into one line that names each field, and making relative
-paths absolute: they start from the YAML's own folder. The YAML itself is in
+Owns turning validation failures into one line that names each field, and making
+relative paths absolute: they start from the YAML's own folder. The YAML itself is in
 ``yaml_text``.
 """
 

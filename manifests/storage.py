@@ -1,7 +1,8 @@
 """Where documents, shards and banks lie: any fsspec URL, one code path.
 
-Owns opening, listing, create-only and atomic writing, not what the bytes mean. A write becomes visible whole or not at all: object stores do that by nature; on a local
-disk a temporary name in ``.tmp/`` is linked (create) or renamed (replace) into place.
+Owns opening, listing, create-only and atomic writing, not what the bytes mean. A write
+becomes visible whole or not at all: object stores do that by nature; on a local disk a
+temporary name in ``.tmp/`` is linked (create) or renamed (replace) into place.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -247,13 +249,20 @@ class Store:
         finally:
             path.unlink(missing_ok=True)
 
-    def clear_temporary(self) -> None:
-        """Removes what killed writers left behind; only for the holder of the lock."""
-        if self._local is not None and (self._local / _TEMPORARY).is_dir():
-            for path in (self._local / _TEMPORARY).iterdir():
-                path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                (self._local / _TEMPORARY).rmdir()
+    def clear_temporary(self, older_than_s: float) -> None:
+        """Removes what killed writers left behind.
+
+        Args:
+            older_than_s: age since the last write; longer than any one write takes, for
+                other writers may be at work.
+        """
+        if self._local is None or not (self._local / _TEMPORARY).is_dir():
+            return
+        before = time.time() - older_than_s
+        for path in (self._local / _TEMPORARY).iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
 
     def delete(self, path: str) -> None:
         """Removes an object if it is there."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Iterable
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -22,7 +22,7 @@ _KEPT_TAGS = (_MERGE_TAG, "tag:yaml.org,2002:null")
 class _Loader(yaml.SafeLoader):
     """Plain values as YAML 1.2 has them; a field that is given twice is an error."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 - as PyYAML declares it
         first: [(tag, rule) for tag, rule in rules if tag in _KEPT_TAGS]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }

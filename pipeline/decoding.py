@@ -128,9 +128,8 @@ def decode_sample(
                 facts.calibration_reasons[name] = str(error)
     for name, label in schema.labels.items():
         try:
-            facts.labels[name] = parse_label(_member(sample, (label.member.lower(),)), label)
+            member = _member(sample, (label.member.lower(),))
+            facts.labels[name] = parse_label(member, label)
         except SampleError as error:
             facts.label_reasons[name] = str(error)
     return result
-
-

@@ -49,7 +49,7 @@ def input_row_bytes(entry: PassEntry) -> int:
 
 
 def block_bytes(record: BankRecord, pass_ids: Sequence[str]) -> int:
-    """Returns the memory that one block in flight takes: inputs, outputs, encoded copy."""
+    """Returns the memory of one block in flight: inputs, outputs, encoded copy."""
     row = 0
     for name in pass_ids:
         entry = record.pass_by_id(name)
@@ -69,10 +69,12 @@ def estimate(plan: Plan) -> Estimate:
             rows_in[shard.first_block + number] = min(record.block_rows, left)
     by_output: dict[str, int] = {}
     objects = total_blocks = 0
+    flops = 0.0
     for name, missing in plan.missing_blocks().items():
         entry = record.pass_by_id(name)
         rows = sum(rows_in[block] for block in missing)
         total_blocks += len(missing)
+        flops += rows * entry.flops_per_row
         if not entry.outputs:
             objects += len(missing)
         for output in entry.outputs:
@@ -80,7 +82,11 @@ def estimate(plan: Plan) -> Estimate:
             stored = rows * output_row_bytes(output) * len(entry.views)
             by_output[folder] = by_output.get(folder, 0) + stored
             objects += len(missing) * len(entry.views) * len(output.arrays)
-    teachers = {entry.teacher: entry for entry in record.passes if entry.outputs}
+    teachers = {
+        entry.teacher: entry
+        for entry in record.passes
+        if entry.outputs and entry.id in plan.wanted
+    }
     samples = sum(shard.samples for shard in live)
     return Estimate(
         shards=len(live),
@@ -96,9 +102,8 @@ def estimate(plan: Plan) -> Estimate:
         parameter_bytes=sum(
             int(entry.provenance["facts"]["parameter_bytes"])
             for entry in teachers.values()
-            if entry.id in plan.wanted
         ),
-        flops=plan.flops_per_row * samples,
+        flops=flops,
     )
 
 
@@ -113,6 +118,6 @@ def check_limits(plan: Plan, numbers: Estimate, store: Store) -> None:
     free = store.free_bytes()
     if free is not None and numbers.bytes_to_do > free:
         raise PipelineError(
-            f"bank {store.url}: no space: the job may write {numbers.bytes_to_do:,} bytes "
-            f"and {free:,} are free; free some or put the bank elsewhere"
+            f"bank {store.url}: no space: the job may write {numbers.bytes_to_do:,} "
+            f"bytes and {free:,} are free; free some or put the bank elsewhere"
         )

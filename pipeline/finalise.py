@@ -7,7 +7,6 @@ bank that is still growing reads as what it has.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from manifests.bank import (
     ROWS_TEACHER,
@@ -40,14 +38,15 @@ from pipeline.bank.lock import bank_lock
 from pipeline.bank.output_statistics import write_statistics
 from pipeline.bank.record import FEATURES, open_record, write_record
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
+from pipeline.bank.row_index import INDEX_PART_ROWS, encode_table, index_path
 from pipeline.bank.rows import decode_rows, object_path
 from pipeline.index import read_rows
 from pipeline.inputs import view_policy_of
 from pipeline.runs import end_run
 from pipeline.samples.views import ViewPolicy, draw_view
 
-INDEX_PART_ROWS = 2**20
 _PREFETCH = 32
+LONGEST_WRITE_S = 3600.0
 NOT_COMPUTED = "not_computed"
 RETIRED = "retired"
 
@@ -277,10 +276,8 @@ class _IndexWriter:
     def flush(self) -> None:
         """Writes the part that is being filled."""
         tables, self._tables = self._tables, []
-        sink = io.BytesIO()
         table = pa.concat_tables(tables) if tables else self._schema.empty_table()
-        pq.write_table(table, sink, compression="zstd")
-        self._store.replace(f"index/part-{self._part:05d}.parquet", sink.getvalue())
+        self._store.replace(index_path(self._part), encode_table(table))
 
 
 def finalise(store: Store, record: BankRecord) -> BankRecord:
@@ -352,4 +349,5 @@ def finalise_run(bank_url: str, run_id: str, result: WorkResult) -> BankRecord:
         _, record = open_record(bank_url)
         finished = finalise(store, record)
         end_run(store, run_id, result.model_dump(mode="json"))
+        store.clear_temporary(LONGEST_WRITE_S)
     return finished

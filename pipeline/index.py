@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from manifests.dataset import DatasetRecord, FaultRecord, ShardRecord
 from manifests.errors import ManifestError, StorageError
@@ -54,7 +54,7 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         try:
             names = list(braceexpand(pattern))
-        except UnbalancedBracesError as error:
+        except ValueError as error:
             raise ManifestError(f"dataset.shards: {pattern}: {error}") from error
         found = []
         for name in names:
@@ -65,10 +65,15 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
                 "pattern (braces like {000..127} and * expand)"
             )
         urls += found
+    check_named_once(urls)
+    return urls
+
+
+def check_named_once(urls: Sequence[str]) -> None:
+    """Raises ManifestError where a shard is named twice."""
     twice = [url for url, count in Counter(urls).items() if count > 1]
     if twice:
         raise ManifestError(f"dataset.shards: {twice[0]} is named twice; name it once")
-    return urls
 
 
 def stat_shards(urls: Sequence[str]) -> list[Stat]:
@@ -95,7 +100,7 @@ def stat_shards(urls: Sequence[str]) -> list[Stat]:
 
 
 def name_shards(urls: Sequence[str]) -> list[str]:
-    """Returns a unique name per shard: the base name, with folders where that repeats."""
+    """Returns a unique name per shard: its base name, with folders where it repeats."""
     depth = 1
     while True:
         names = ["/".join(url.rstrip("/").split("/")[-depth:]) for url in urls]
@@ -129,7 +134,7 @@ def index_shards(
     named: Sequence[tuple[str, str, Stat]],
     on_done: Callable[[], object] = lambda: None,
 ) -> list[IndexedShard]:
-    """Returns the indexes of shards given as (name, url, stat), in order, in parallel."""
+    """Returns the indexes of shards (name, url, stat), in order, made in parallel."""
 
     def one(shard: tuple[str, str, Stat]) -> IndexedShard:
         indexed = index_one(*shard)
@@ -209,7 +214,7 @@ def load_index(url: str) -> list[IndexedShard]:
                 f"{url}: says {shard.samples} samples in {shard.name}, its Parquet has "
                 f"{len(found)}; run `teachonce index` again"
             )
-        # Shards are named relative to the index so that the pair can be moved together.
+        # A record written by hand may name its shards relative to itself.
         base = url.rsplit("/", 1)[0]
         moved = shard.model_copy(update={"url": resolve_path(shard.url, base)})
         shards.append(IndexedShard(moved, found))

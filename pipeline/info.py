@@ -36,7 +36,11 @@ def _variance(store: Store, path: str) -> np.ndarray | None:
 def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
     """Returns all that `info` prints, as JSON values."""
     live = [shard for shard in record.shards if not shard.retired]
-    total = sum(shard.blocks for shard in live)
+    blocks = {
+        block
+        for shard in live
+        for block in range(shard.first_block, shard.first_block + shard.blocks)
+    }
     stored: dict[str, int] = {}
     if record.state is not None:
         table = read_blocks(store)
@@ -46,14 +50,14 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
             stored[name] = stored.get(name, 0) + sum(sizes)
     passes = {}
     for entry in record.passes:
-        committed = len(list_commits(store, entry.id))
+        committed = len(list_commits(store, entry.id) & blocks)
         state = record.state
         passes[entry.id] = {
             "model": entry.request.get("model", "row facts"),
             "inputs": list(entry.inputs),
             "views": [entry.first_view, entry.last_view],
             "blocks": committed,
-            "blocks_total": total,
+            "blocks_total": len(blocks),
             "bytes": stored.get(entry.id),
             "valid": state.valid.get(entry.id) if state else None,
             "invalid": dict(state.invalid.get(entry.id, {})) if state else None,
@@ -73,6 +77,7 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
             "dead_channels": dead,
         }
     runs = list_runs(store)
+    last = (runs[-1].get("result") or {}) if runs else {}
     return {
         "bank": store.url,
         "schema_version": record.schema_version,
@@ -90,5 +95,5 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
         "outputs": outputs,
         "lock": read_lock(store),
         "runs": len(runs),
-        "last_failures": (runs[-1].get("result") or {}).get("failures", []) if runs else [],
+        "last_failures": last.get("failures", []),
     }

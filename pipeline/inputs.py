@@ -7,19 +7,24 @@ shape, so the decision holds for every sample.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from statistics import median
 
 from manifests.bank import BankRecord, InputEntry
 from manifests.job import ImageInput, InputConfig, Job
 from pipeline.errors import PipelineError
-from pipeline.index import IndexedShard
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import image_size
-from pipeline.samples.shards import RowSpan, read_samples
+from pipeline.samples.shards import RowSpan, ShardRow, read_samples
 from pipeline.samples.views import ViewPolicy
 
+ProbedShard = tuple[str, bool, Sequence[ShardRow]]
+"""URL of a shard, whether it must be read from its start, and its rows."""
+
 PROBED_SAMPLES = 16
+PROBED_SHARDS = 16
 WIDE_ASPECT = 1.5
 
 
@@ -38,19 +43,15 @@ def wanted_members(
     return frozenset(found | ({metadata.lower()} if metadata else set()))
 
 
-def _probe(shards: Sequence[IndexedShard], config: ImageInput) -> list[float]:
+def _probe(shards: Iterable[ProbedShard], config: ImageInput) -> list[float]:
     """Returns width over height of the first images that have a readable header."""
     aspects: list[float] = []
     wanted = frozenset(members_of(config))
-    for shard in shards:
-        rows = shard.rows[: PROBED_SAMPLES - len(aspects)]
-        if not rows:
-            continue
+    for url, sequential, all_rows in shards:
+        rows = all_rows[: PROBED_SAMPLES - len(aspects)]
         end = max(row.offset + row.size for row in rows)
         span = RowSpan(0, len(rows), rows[0].offset, end, rows[0].key)
-        for _, sample in read_samples(
-            shard.record.url, span, wanted, shard.record.sequential
-        ):
+        for _, sample in read_samples(url, span, wanted, sequential):
             data = next(
                 (sample.members[m] for m in members_of(config) if m in sample.members),
                 None,
@@ -64,9 +65,7 @@ def _probe(shards: Sequence[IndexedShard], config: ImageInput) -> list[float]:
     return aspects
 
 
-def resolve_input(
-    name: str, job: Job, shards: Sequence[IndexedShard]
-) -> InputEntry:
+def resolve_input(name: str, job: Job, shards: Iterable[ProbedShard]) -> InputEntry:
     """Returns the bank's entry of an input, probing images where the job says auto.
 
     View 0 is the whole image where the input has calibration, comes with LiDAR, or is
@@ -80,16 +79,19 @@ def resolve_input(
     if not isinstance(config, ImageInput):
         return InputEntry(config=data, metadata=job.metadata)
     with_points = any(other.kind == "points" for other in job.inputs.values())
-    aspects = _probe(shards, config)
+    probed = list(islice((shard for shard in shards if shard[2]), PROBED_SHARDS))
+    aspects = _probe(probed, config)
     if not aspects:
-        if sum(len(shard.rows) for shard in shards):
+        if probed:
             raise PipelineError(
                 f"inputs.{name}: none of the first samples has a readable image in "
                 f"member {config.member!r}; check `member` against `tar tf SHARD`"
             )
         aspects = [1.0]
     aspect = median(aspects)
-    whole = bool(config.calibration) or with_points or max(aspect, 1 / aspect) > WIDE_ASPECT
+    whole = (
+        bool(config.calibration) or with_points or max(aspect, 1 / aspect) > WIDE_ASPECT
+    )
     view0 = config.view0 if config.view0 != "auto" else ("full" if whole else "square")
     return InputEntry(
         config=data,
@@ -107,7 +109,7 @@ def view_policy(job: Job, inputs: dict[str, InputEntry]) -> ViewPolicy:
         scale=views.scale,
         ratio=views.ratio,
         flips=job.flips,
-        yaw_rad=views.yaw_deg * 3.141592653589793 / 180,
+        yaw_rad=math.radians(views.yaw_deg),
         point_scale=views.point_scale,
         view0={name: entry.view0 for name, entry in inputs.items() if entry.view0},
     )

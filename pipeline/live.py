@@ -188,6 +188,9 @@ def load_passes(
         key = digest([entry.request, entry.provenance["weights"], anonymous])
         if key not in loaded:
             loaded[key] = registry.open_teacher(request, weights, device)
+            # Here, and not in the first forward: several lanes would build it at once,
+            # and random weights are drawn from a generator that all threads share.
+            loaded[key].load()
         teacher = loaded[key]
         theirs = [one.name for one in teacher.request.group]
         sizes = dict.fromkeys(output.size for output in entry.outputs)

@@ -7,6 +7,7 @@ without it, so that runs of one job share the work.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,9 +22,10 @@ from manifests.job import Job
 from manifests.storage import Store
 from pipeline.bank.commits import commit_path, list_commits
 from pipeline.bank.layout import write_metadata
-from pipeline.bank.lock import bank_lock, break_lock
+from pipeline.bank.lock import bank_lock, break_lock, clear_dead_lock
 from pipeline.bank.record import open_record, read_record, write_record
 from pipeline.bank.verify import verify
+from pipeline.beam_options import check_options, complete_options, run_here
 from pipeline.errors import PipelineError, RunStopped
 from pipeline.estimate import Estimate, check_limits, estimate
 from pipeline.index import read_rows, write_index
@@ -35,7 +37,6 @@ from pipeline.work_items import item_blocks, num_threads, work_items
 if TYPE_CHECKING:
     from pipeline.engine import Engine
 
-DEFAULT_OPTIONS = ("--runner=FnApiRunner",)
 MAX_PLAN_ATTEMPTS = 5
 
 
@@ -89,8 +90,34 @@ def _merge(store: Store, plan: Plan) -> bool:
     if changes.new:
         write_index(store, f"dataset/{plan.part}", changes.new)
     write_metadata(store, plan.record)
-    write_record(store, plan.record)
+    write_record(store, _unfinished(plan.record))
     return True
+
+
+def _unfinished(record: BankRecord) -> BankRecord:
+    """Returns a record that no longer says it is complete: what was added must be
+    finalised, even if a run is killed when all of it is computed.
+    """
+    if record.state is None:
+        return record
+    state = record.state.model_copy(update={"complete": False})
+    return record.model_copy(update={"state": state})
+
+
+def _remember(store: Store, plan: Plan) -> None:
+    """Keeps what a plan found out about a finished bank: where its shards lie now, and
+    that it answers this job, so that the next plan need not ask again.
+    """
+    held = plan.existing
+    assert held is not None
+    found = {"shards": plan.record.shards, "requests": plan.record.requests}
+    known = held.model_copy(update=found)
+    if known == held:
+        return
+    # A bank that may not be written, or is being written, is as good without.
+    with contextlib.suppress(TeachOnceError), bank_lock(store, "precompute", 0):
+        if read_record(store) == held:
+            write_record(store, known)
 
 
 def prepare(
@@ -110,6 +137,7 @@ def prepare(
         plan = plan_with_progress(job)
         numbers = estimate(plan)
         if plan.is_done:
+            _remember(store, plan)
             return plan, numbers
         check_limits(plan, numbers, store)
         load(plan)
@@ -142,7 +170,8 @@ def _rows_lookup(store: Store, plan: Plan) -> Callable[[ShardEntry], Sequence[Sh
 
 
 def repair(store: Store, full: bool = True) -> list[tuple[str, int]]:
-    """Gives up every damaged block: its commit first, then its objects.
+    """Gives up every damaged block: its commit first, then its objects. Writes metadata
+    again; row arrays and the index are made anew by the finalise that follows.
 
     Returns:
         (pass, block) of what the next run will compute again.
@@ -152,8 +181,10 @@ def repair(store: Store, full: bool = True) -> list[tuple[str, int]]:
         report = verify(store, record, full=full)
         for pass_id, block in report.damaged_blocks:
             store.delete(commit_path(pass_id, block))
-        for path in report.damaged_objects + report.orphans:
+        for path in report.damaged_objects + report.orphans + report.damaged_metadata:
             store.delete(path)
+        write_metadata(store, record)
+        store.clear_temporary(0.0)
     return report.damaged_blocks
 
 
@@ -185,20 +216,23 @@ def precompute(
     removed: list[tuple[str, int]] = []
     if do_repair and read_record(store) is not None:
         removed = repair(store)
-    options = _options(beam_options)
+    options = complete_options(beam_options)
     engines: list[Engine] = []
 
     def load(plan: Plan) -> None:
-        from pipeline.engine import Engine
+        check_options(options)
+        if run_here(options) and any(plan.missing_blocks().values()):
+            from pipeline.engine import Engine
 
-        if any(plan.missing_blocks().values()):
             engines[:] = [
                 Engine(store, plan.record, plan.wanted, job.engine, job.limits)
             ]
 
-    plan, numbers = prepare(job, store, load if _runs_here(options) else lambda plan: None)
+    plan, numbers = prepare(job, store, load)
     if plan.is_done and not do_repair:
         assert plan.existing is not None
+        # A run that was killed in its last moment leaves a whole bank, but locked.
+        clear_dead_lock(store)
         return Outcome(plan.existing, was_done=True)
     run_id = new_run_id()
     missing = plan.missing_blocks()
@@ -227,18 +261,6 @@ def precompute(
     return Outcome(record, WorkResult.model_validate(found), counters, removed)
 
 
-def _options(given: Sequence[str]) -> list[str]:
-    named = any(option.split("=")[0] == "--runner" for option in given)
-    return [*([] if named else DEFAULT_OPTIONS), *given]
-
-
-def _runs_here(options: Sequence[str]) -> bool:
-    """Whether the workers are threads of this process."""
-    return "--runner=FnApiRunner" in options and not any(
-        "multi_processing" in option for option in options
-    )
-
-
 def _run_graph(
     store: Store,
     run_id: str,
@@ -258,7 +280,7 @@ def _run_graph(
 
     from pipeline.transform import Precompute, query_counters
 
-    if _runs_here(options):
+    if run_here(options):
         # What a worker in this process raises is raised here, as one line.
         logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
     found: dict[str, Any] = {}

@@ -11,18 +11,23 @@ from __future__ import annotations
 import fnmatch
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from manifests.bank import ROWS_TEACHER, BankRecord, InputEntry, OutputEntry, PassEntry
 from manifests.errors import BankError, ManifestError
-from manifests.job import Job, OutputConfig, TeacherConfig
+from manifests.job import Job, OutputConfig, TeacherConfig, check_name
 from manifests.loading import digest
-from manifests.job import check_name
 from pipeline.bank.encodings import make_encoding
 from teachers import registry
 from teachers.code import code_digest, kinds_wanted
-from teachers.interface import GroupInput, OutputSpec, Teacher, TeacherRequest, WeightsRecord
+from teachers.interface import (
+    GroupInput,
+    OutputSpec,
+    Teacher,
+    TeacherRequest,
+    WeightsRecord,
+)
 
 NATIVE = "native"
 
@@ -41,7 +46,7 @@ class GroupTeacher:
 
 @dataclass(frozen=True)
 class Described:
-    """A teacher asked on the meta device: all outputs, by size name then output name."""
+    """A teacher asked on the meta device: its outputs by name of size, then by name."""
 
     outputs: Mapping[str, Mapping[str, OutputSpec]]
     preprocess: Mapping[str, Any]
@@ -49,18 +54,8 @@ class Described:
     flops_per_row: float
 
 
-@dataclass
-class Resolution:
-    """What a job needs of a bank."""
-
-    new_passes: list[PassEntry] = field(default_factory=list)
-    requests: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    wanted: list[str] = field(default_factory=list)
-    flops_per_row: dict[str, float] = field(default_factory=dict)
-
-
 def size_name(size: tuple[int, int] | None) -> str:
-    """Returns the name of a size in paths: ``256x448`` (height x width) or ``native``."""
+    """Returns a size's name in paths: ``256x448`` (height x width) or ``native``."""
     return NATIVE if size is None else f"{size[0]}x{size[1]}"
 
 
@@ -78,7 +73,7 @@ def groups_of(
     """Returns group name to its inputs for one teacher.
 
     Raises:
-        ManifestError: a pattern in ``on`` matches no input, or there is nothing to run on.
+        ManifestError: a pattern in ``on`` matches no input, or there is none to run on.
     """
     kinds = kinds_wanted(config.family, config.preprocess.points is not None)
 
@@ -93,7 +88,10 @@ def groups_of(
 
     if isinstance(config.on, dict):
         for group in config.on:
-            check_name(group, f"teachers.{name}.on: name of group")
+            try:
+                check_name(group, f"teachers.{name}.on: name of group")
+            except ValueError as error:
+                raise ManifestError(str(error)) from error
         return {
             group: tuple(dict.fromkeys(one for p in patterns for one in match(p)))
             for group, patterns in config.on.items()
@@ -112,8 +110,8 @@ def groups_of(
             )
     if not names:
         raise ManifestError(
-            f"teachers.{name}: {config.model} takes {' or '.join(sorted(kinds))} and the "
-            "job has no such input; add one, or say `on`"
+            f"teachers.{name}: {config.model} takes {' or '.join(sorted(kinds))} and "
+            "the job has no such input; add one, or say `on`"
         )
     return {one: (one,) for one in names}
 
@@ -241,9 +239,7 @@ def output_entry(
     )
 
 
-def teacher_identity(
-    item: GroupTeacher, described: Described, views: Mapping[str, Any]
-) -> dict[str, Any]:
+def teacher_identity(item: GroupTeacher, described: Described) -> dict[str, Any]:
     """Returns what makes two runs of a teacher the same teacher, field by field."""
     config = item.request.config
     return {
@@ -257,7 +253,6 @@ def teacher_identity(
         "weights": item.weights.identity,
         "precision": config.precision,
         "inputs": list(item.inputs),
-        "views": views,
     }
 
 
@@ -343,16 +338,31 @@ def _missing_outputs(
 
 def resolve_teacher(
     item: GroupTeacher,
-    job: Job,
-    views: Mapping[str, Any],
+    described: Described,
     record: BankRecord | None,
+    *,
+    views: Mapping[str, Any],
+    last_view: int,
     block_rows: int,
     batch: int,
     taken: set[str],
-    described: Described,
 ) -> tuple[list[PassEntry], list[str]]:
-    """Returns the passes a bank lacks for one teacher and group, and those it has."""
-    identity = teacher_identity(item, described, views)
+    """Returns the passes a bank lacks for one teacher and group, and those it has.
+
+    Args:
+        item: the teacher on the group.
+        described: its outputs, by shapes alone.
+        record: the bank's, if there is one.
+        views: how random views are drawn.
+        last_view: number of the last view the job wants.
+        block_rows: of the bank.
+        batch: rows per forward.
+        taken: ids of passes, grown by those of the new ones.
+
+    Raises:
+        BankError: the bank holds another teacher, or another output, of that name.
+    """
+    identity = teacher_identity(item, described)
     passes = [
         entry
         for entry in (record.passes if record else ())
@@ -371,14 +381,13 @@ def resolve_teacher(
         for size, specs in described.outputs.items()
         for name, spec in specs.items()
     }
-    missing = _missing_outputs(
-        item, entries, described.preprocess, passes, job.views.random
-    )
+    missing = _missing_outputs(item, entries, described.preprocess, passes, last_view)
     new = []
     for (first, last), outputs in missing.items():
         fingerprint = digest(
             {
                 "teacher": identity,
+                "views": dict(views) if last > 0 else None,
                 "preprocess": described.preprocess,
                 "outputs": [
                     one.model_dump(mode="json", exclude={"arrays"}) for one in outputs
@@ -399,7 +408,9 @@ def resolve_teacher(
                 outputs=tuple(outputs),
                 teacher_fingerprint=digest(identity),
                 fingerprint=fingerprint,
-                request=config.model_dump(mode="json", by_alias=True, exclude_unset=True),
+                request=config.model_dump(
+                    mode="json", by_alias=True, exclude_unset=True
+                ),
                 provenance={
                     "identity": identity,
                     "weights": asdict(item.weights),
@@ -420,7 +431,7 @@ def resolve_rows(
     record: BankRecord | None,
     taken: set[str],
 ) -> tuple[PassEntry | None, list[str]]:
-    """Returns the pass of row facts that the bank lacks for the job's inputs and labels."""
+    """Returns the pass of row facts that a bank lacks, and the ids of those it has."""
     held = [e for e in (record.passes if record else ()) if e.teacher == ROWS_TEACHER]
     have_inputs = {name for entry in held for name in entry.inputs}
     have_labels = {name for entry in held for name in entry.labels}

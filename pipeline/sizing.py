@@ -5,6 +5,7 @@ Pure functions of row sizes and shard sizes; decided once, when the bank is made
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from math import ceil, lcm
 
@@ -17,8 +18,10 @@ BATCH_WASTE = 0.03
 
 def padding(block_rows: int, shard_sizes: Sequence[int]) -> float:
     """Returns the share of the sample axis that is padding."""
-    total = sum(ceil(size / block_rows) * block_rows for size in shard_sizes)
-    return 1 - sum(shard_sizes) / total if total else 0.0
+    # Shards of one size are counted together: there may be many thousands.
+    counts = Counter(shard_sizes).items()
+    total = sum(ceil(size / block_rows) * block_rows * count for size, count in counts)
+    return 1 - sum(size * count for size, count in counts) / total if total else 0.0
 
 
 def choose_batch(shard_sizes: Sequence[int], block_rows: int | None = None) -> int:
@@ -28,12 +31,10 @@ def choose_batch(shard_sizes: Sequence[int], block_rows: int | None = None) -> i
 
     def waste(batch: int) -> float:
         padded = 0
-        for size in shard_sizes:
-            blocks = [size]
-            if block_rows is not None:
-                full, rest = divmod(size, block_rows)
-                blocks = [block_rows] * full + ([rest] if rest else [])
-            padded += sum(ceil(rows / batch) * batch for rows in blocks)
+        for size, count in Counter(shard_sizes).items():
+            full, rest = divmod(size, block_rows) if block_rows else (0, size)
+            forwards = full * ceil((block_rows or 0) / batch) + ceil(rest / batch)
+            padded += forwards * batch * count
         return 1 - sum(shard_sizes) / padded if padded else 0.0
 
     largest = max(shard_sizes, default=1) or 1
@@ -70,4 +71,5 @@ def choose_block_rows(
     if fitting:
         return fitting[-1]
     candidates = [*multiples, *range(1, min(by_bytes, max(sizes)) + 1)]
-    return min(candidates, key=lambda rows: (round(padding(rows, sizes), 2), -rows))
+    share = {rows: round(padding(rows, sizes), 2) for rows in candidates}
+    return min(share, key=lambda rows: (share[rows], -rows))

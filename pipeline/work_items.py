@@ -21,7 +21,7 @@ DECODE_ROWS_PER_SECOND = 200.0
 
 
 def num_threads(config: EngineConfig) -> int:
-    """Returns the threads to work with: the job's, or the cores this process may use."""
+    """Returns the threads to work with: the job's, or the cores there are for us."""
     return config.threads or len(os.sched_getaffinity(0))
 
 
@@ -39,8 +39,8 @@ def work_items(
 ) -> Iterator[WorkItem]:
     """Yields every missing block exactly once, in runs of consecutive blocks.
 
-    Blocks of a run lack the same passes. A shard that must be read from its start is one
-    item. Longest items first is the reader's business, which sees them all.
+    Blocks of a run lack the same passes. A shard that must be read from its start is
+    one item. Longest items first is the reader's business, which sees them all.
 
     Args:
         plan: what is missing.
@@ -85,7 +85,7 @@ def work_items(
                         first_key=held[0].key,
                     )
                 )
-            span_rows = range(spans[0].first_row, spans[-1].first_row + spans[-1].num_rows)
+            end = spans[-1].first_row + spans[-1].num_rows
             yield WorkItem(
                 shard=shard.name,
                 url=shard.url,
@@ -93,6 +93,8 @@ def work_items(
                 passes=tuple(lacking[run[0]]),
                 blocks=tuple(spans),
                 refused={
-                    row: str(rows[row].refused) for row in span_rows if rows[row].refused
+                    row: str(rows[row].refused)
+                    for row in range(spans[0].first_row, end)
+                    if rows[row].refused
                 },
             )

@@ -193,6 +193,13 @@ class Teacher(ABC):
             TeacherError: the model has no such output; the message names those it has.
         """
 
+    def load(self) -> None:  # noqa: B027
+        """Makes every size ready to run; `forward` may then be called from any thread.
+
+        Raises:
+            TeacherError: the weights do not fit the model.
+        """
+
     @abstractmethod
     def forward(
         self, batch: Mapping[str, Tensor], size: Size | None

@@ -19,13 +19,11 @@ import hashlib
 import inspect
 import re
 import sys
-import threading
 import traceback
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +35,14 @@ from teachers.errors import TeacherError
 from teachers.interface import InputSpec, Size, TeacherRequest, WeightsRecord
 from teachers.preprocess import image_spec, points_spec
 from teachers.registry import close_matches
-from teachers.torch_teacher import Tap, TorchTeacher, channels_last, freeze, seeded
+from teachers.torch_teacher import (
+    Tap,
+    TorchTeacher,
+    channels_last,
+    freeze,
+    recording,
+    seeded,
+)
 from teachers.weights import (
     load_strict,
     local_path,
@@ -152,7 +157,6 @@ class ModuleTeacher(TorchTeacher):
     ) -> None:
         super().__init__(request, device)
         self._weights = weights
-        self._recorders: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
         self._code = load_code(request.config.model_name, request.base, self.where)
         self._has_images = any(item.kind == "image" for item in request.group)
         if self._has_images and not request.config.sizes:
@@ -180,9 +184,11 @@ class ModuleTeacher(TorchTeacher):
 
     @property
     def sizes(self) -> tuple[Size | None, ...]:
+        """Returns the sizes of the job, or the one that fits the box."""
         return self._sizes
 
     def inputs(self, size: Size | None) -> dict[str, InputSpec]:
+        """Returns how each input is taken; see `Teacher.inputs`."""
         specs: dict[str, InputSpec] = {}
         config = self.request.config.preprocess
         for item in self.request.group:
@@ -246,7 +252,8 @@ class ModuleTeacher(TorchTeacher):
             for name, item in config.outputs.items()
         }
         paths = {path for path, _ in sources.values()} - {_RETURNED}
-        with self._recorder(model, paths).recording() as seen:
+        self._check_paths(model, paths)
+        with recording(model, outputs=paths) as seen:
             call = (
                 model if config.method == "forward" else getattr(model, config.method)
             )
@@ -259,7 +266,7 @@ class ModuleTeacher(TorchTeacher):
             if path == _RETURNED:
                 found = returned
             else:
-                found = self._only(seen[path], path, entry)
+                found = self._only(seen(path, False), path, entry)
             value = follow(found, path, indices, entry)
             taps[name] = Tap(
                 to_channels_last(value, config.outputs[name], entry),
@@ -276,49 +283,15 @@ class ModuleTeacher(TorchTeacher):
             )
         return calls[0]
 
-    def _recorder(self, model: nn.Module, paths: set[str]) -> _Recorder:
-        """Returns what records the outputs of submodules, made once per model."""
-        if model not in self._recorders:
-            known = [name for name, _ in model.named_modules() if name]
-            for path in paths:
-                if path not in known:
-                    top = [name for name, _ in model.named_children()]
-                    raise TeacherError(
-                        f"{self.where}.outputs: from must be `output` or a submodule, "
-                        f"got {path!r} (at the top: {', '.join(top[:_SHOWN])}"
-                        f"{', ...' if len(top) > _SHOWN else ''})"
-                        f"{close_matches(path, known)}"
-                    )
-            self._recorders[model] = _Recorder(model, paths)
-        return self._recorders[model]
-
-
-class _Recorder:
-    """Records outputs of submodules; each thread its own, since lanes share a module."""
-
-    def __init__(self, model: nn.Module, paths: set[str]) -> None:
-        self._paths = paths
-        self._local = threading.local()
-        for path in paths:
-            model.get_submodule(path).register_forward_hook(self._hook(path))
-
-    def _hook(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_: nn.Module, __: Any, output: Any) -> None:
-            calls = getattr(self._local, "calls", None)
-            if calls is not None:
-                calls[path].append(output)
-
-        return keep
-
-    @contextlib.contextmanager
-    def recording(self) -> Iterator[dict[str, list[Any]]]:
-        """Yields lists that this thread's outputs are appended to, by path."""
-        calls: dict[str, list[Any]] = {path: [] for path in self._paths}
-        self._local.calls = calls
-        try:
-            yield calls
-        finally:
-            self._local.calls = None
+    def _check_paths(self, model: nn.Module, paths: set[str]) -> None:
+        known = [name for name, _ in model.named_modules() if name]
+        for path in sorted(paths.difference(known)):
+            top = [name for name, _ in model.named_children()]
+            raise TeacherError(
+                f"{self.where}.outputs: from must be `output` or a submodule, got "
+                f"{path!r} (at the top: {', '.join(top[:_SHOWN])}"
+                f"{', ...' if len(top) > _SHOWN else ''}){close_matches(path, known)}"
+            )
 
 
 def parse_source(config: OutputConfig, entry: str) -> tuple[str, tuple[str, ...]]:

@@ -38,7 +38,14 @@ from teachers.timm_family import layer_names as timm_layer_names
 from teachers.timm_family import patch_of as timm_patch_of
 from teachers.timm_family import stride_of as timm_stride_of
 from teachers.timm_family import tap_with_features as tap_timm
-from teachers.torch_teacher import Tap, TorchTeacher, channels_last, freeze, seeded
+from teachers.torch_teacher import (
+    Tap,
+    TorchTeacher,
+    channels_last,
+    freeze,
+    recording,
+    seeded,
+)
 from teachers.weights import (
     find_on_hub,
     load_strict,
@@ -173,9 +180,11 @@ class OpenClipTeacher(TorchTeacher):
 
     @property
     def sizes(self) -> tuple[Size | None, ...]:
+        """Returns the sizes of the job, or the one that fits the box."""
         return self._sizes
 
     def inputs(self, size: Size | None) -> dict[str, InputSpec]:
+        """Returns how each input is taken; see `Teacher.inputs`."""
         assert size is not None, "an image has a size"
         return {
             self._input.name: image_spec(
@@ -196,7 +205,7 @@ class OpenClipTeacher(TorchTeacher):
 
     def _blueprint(self, size: Size | None, device: str) -> nn.Module:
         assert size is not None, "an image has a size"
-        return self._tower(size, device)
+        return split_projection(self._tower(size, device))
 
     def _tower(self, size: Size, device: str) -> nn.Module:
         with torch.device(device), seeded(self._weights.seed):
@@ -213,13 +222,13 @@ class OpenClipTeacher(TorchTeacher):
                 state = read_state_dict(path, self._weights.url)
             load_strict(tower, tower_state(tower, state), self._weights.url)
         if size == self._native:
-            return tower
+            return split_projection(tower)
         if isinstance(tower, TimmModel):
             tower.set_input_size(size)
             return freeze(tower)
         resized = self._tower(size, "cpu")
         load_strict(resized, tower_state(resized, tower.state_dict()), self._name)
-        return resized
+        return split_projection(resized)
 
 
 def preprocess_of(tag: Mapping[str, Any]) -> PreprocessCfg:
@@ -269,6 +278,14 @@ def build_tower(
     return tower
 
 
+def split_projection(tower: nn.Module) -> nn.Module:
+    """Lets a transformer stop before its projection, kept as ``projection``."""
+    if isinstance(tower, VisionTransformer):
+        projection, tower.proj = tower.proj, None
+        tower.register_parameter("projection", projection)
+    return tower
+
+
 def tower_state(tower: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tower's part of a state dict, its position embedding resized."""
     state = convert_state_dict(SimpleNamespace(visual=tower), state)
@@ -311,7 +328,7 @@ def tap(
     """Runs a tower once and returns outputs of it.
 
     Args:
-        tower: in eval mode.
+        tower: in eval mode, after `split_projection`.
         image_BCHW: normalised.
         wanted: norm (``post``, ``pre`` or None for the default) by output name.
         where: the teacher's entry in the job, for messages.
@@ -352,25 +369,14 @@ def _tap_transformer(
     where: str,
 ) -> dict[str, Tap]:
     layers = layer_names(tower)
-    blocks = list(tower.transformer.resblocks)
-    seen: dict[str, Tensor] = {}
-    handles = [
-        tower.transformer.register_forward_hook(_keeping(seen, "tokens")),
-        *(
-            blocks[layers.index(name)].register_forward_hook(_keeping(seen, name))
-            for name in wanted
-            if name in layers
-        ),
-    ]
-    projection = tower.proj
-    # Without its projection the tower returns what goes into it.
-    tower.proj = None
-    try:
+    paths = {
+        name: f"transformer.resblocks.{layers.index(name)}"
+        for name in wanted
+        if name in layers
+    }
+    with recording(tower, outputs=["transformer", *paths.values()]) as seen:
         pooled = tower(image_BCHW)
-    finally:
-        tower.proj = projection
-        for handle in handles:
-            handle.remove()
+    projection = tower.projection
     num_rows = image_BCHW.shape[2] // tower.patch_size[0]
     num_columns = image_BCHW.shape[3] // tower.patch_size[1]
     taps = {}
@@ -384,7 +390,7 @@ def _tap_transformer(
             continue
         if name not in ("cls", "patch", *layers):
             raise _refuse(where, name, ["embed", "pooled", "cls", "patch", *layers])
-        tokens_BNC = seen[name] if name in layers else seen["tokens"]
+        tokens_BNC = seen(paths.get(name, "transformer"), False)[-1]
         if name in layers and not tower.transformer.batch_first:
             tokens_BNC = tokens_BNC.transpose(0, 1)
         # CoCa's norm follows its attention pooling and is not one of tokens.
@@ -408,13 +414,6 @@ def _tap_transformer(
     return taps
 
 
-def _keeping(seen: dict[str, Tensor], name: str) -> Any:
-    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
-        seen[name] = output
-
-    return keep
-
-
 def _tap_trunk(
     tower: TimmModel,
     image_BCHW: Tensor,
@@ -436,15 +435,11 @@ def _tap_resnet(
     wanted: Mapping[str, str | None],
     where: str,
 ) -> dict[str, Tap]:
-    seen: dict[str, Tensor] = {}
-    handle = tower.layer4.register_forward_hook(_keeping(seen, "patch"))
-    try:
+    with recording(tower, outputs=["layer4"]) as seen:
         embed = tower(image_BCHW)
-    finally:
-        handle.remove()
     found = {
         "embed": Tap(embed, None, "attnpool"),
-        "patch": Tap(channels_last(seen["patch"]), None, "layer4"),
+        "patch": Tap(channels_last(seen("layer4", False)[-1]), None, "layer4"),
     }
     for name, norm in wanted.items():
         if name not in found:
@@ -466,9 +461,8 @@ def describe(name: str, base: str) -> dict[str, Any]:
     config = find_model(name)
     size = native_size(config)
     with torch.device("meta"):
-        tower = freeze(
-            build_tower(config, size, size, bool(config.get("quick_gelu", False)))
-        )
+        built = build_tower(config, size, size, bool(config.get("quick_gelu", False)))
+        tower = freeze(split_projection(built))
     image = torch.zeros(1, 3, *size, device="meta")
     shapes: dict[str, list[int]] = {}
     for output in ("embed", "pooled", "cls", "patch", *layer_names(tower)):

@@ -21,7 +21,7 @@ Shape suffixes: B batch, N tokens, H and W grid, C channels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm
@@ -41,7 +41,14 @@ from teachers.interface import (
 )
 from teachers.preprocess import fit_size, image_spec
 from teachers.registry import close_matches
-from teachers.torch_teacher import Tap, TorchTeacher, channels_last, freeze, seeded
+from teachers.torch_teacher import (
+    Tap,
+    TorchTeacher,
+    channels_last,
+    freeze,
+    recording,
+    seeded,
+)
 from teachers.weights import (
     explain_mismatch,
     find_on_hub,
@@ -165,9 +172,11 @@ class TimmTeacher(TorchTeacher):
 
     @property
     def sizes(self) -> tuple[Size | None, ...]:
+        """Returns the sizes of the job, or the one that fits the box."""
         return self._sizes
 
     def inputs(self, size: Size | None) -> dict[str, InputSpec]:
+        """Returns how each input is taken; see `Teacher.inputs`."""
         assert size is not None, "an image has a size"
         return {
             self._input.name: image_spec(
@@ -301,8 +310,8 @@ def check_sizes(sizes: Sequence[Size], patch: Size, where: str) -> None:
             pairs = zip(size, patch, strict=True)
             nearest = [max(1, round(side / unit)) * unit for side, unit in pairs]
             raise TeacherError(
-                f"{where}.sizes must be multiples of the patch {patch[0]} x {patch[1]}, "
-                f"got {list(size)}; the nearest is {nearest}"
+                f"{where}.sizes must be multiples of the patch {patch[0]} x "
+                f"{patch[1]}, got {list(size)}; the nearest is {nearest}"
             )
 
 
@@ -352,7 +361,8 @@ def tap_with_features(
             f"class token), pooled, patch, logits (with a classifier), {shown}"
         )
     maps: dict[int, Tensor] = {}
-    with _input_of(getattr(model, "norm", None)) as before_norm:
+    taken = ("norm",) if _real(getattr(model, "norm", None)) is not None else ()
+    with recording(model, inputs=taken) as seen:
         if layers and any(name not in ("pooled", "logits", "cls") for name in wanted):
             indices = sorted(
                 {len(layers) - 1}
@@ -366,6 +376,7 @@ def tap_with_features(
             }
         else:
             features = call.forward_features(image_BCHW)
+        before_norm = seen("norm", True) if taken else []
     last = maps.get(len(layers) - 1)
     taps = {}
     for name, norm in wanted.items():
@@ -379,24 +390,6 @@ def tap_with_features(
         else:
             taps[name] = _tap_layer(model, maps[layers.index(name)], name, norm, entry)
     return taps, features
-
-
-@contextlib.contextmanager
-def _input_of(module: nn.Module | None) -> Iterator[list[Tensor]]:
-    """Yields a list that the argument of each call of ``module`` is appended to."""
-    seen: list[Tensor] = []
-    if module is None:
-        yield seen
-        return
-
-    def keep(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-        seen.append(arguments[0])
-
-    handle = module.register_forward_pre_hook(keep)
-    try:
-        yield seen
-    finally:
-        handle.remove()
 
 
 def _real(module: Any) -> nn.Module | None:

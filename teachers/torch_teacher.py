@@ -2,7 +2,7 @@
 
 Owns shapes on the meta device, precision, pooling, the layout of what leaves a teacher,
 and the arithmetic settings of its forward. Families own how a model is built and where
-in it an output lies.
+in it an output lies. Several threads may run one teacher at once.
 
 Shape suffixes: B batch, H and W grid, C channels.
 """
@@ -10,10 +10,12 @@ Shape suffixes: B batch, H and W grid, C channels.
 from __future__ import annotations
 
 import contextlib
+import threading
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +68,7 @@ class TorchTeacher(Teacher):
         self.dtype = DTYPES[request.config.precision]
         self._outputs: dict[Size | None, dict[str, OutputSpec]] = {}
         self._models: dict[Size | None, nn.Module] = {}
+        self._lock = threading.RLock()
 
     @property
     def where(self) -> str:
@@ -87,9 +90,11 @@ class TorchTeacher(Teacher):
         """Runs ``model`` once and returns every output of the job, not yet pooled."""
 
     def outputs(self, size: Size | None) -> dict[str, OutputSpec]:
-        if size not in self._outputs:
-            self._outputs[size] = self._describe(size)
-        return self._outputs[size]
+        """Returns the outputs at a size, found once on the meta device."""
+        with self._lock:
+            if size not in self._outputs:
+                self._outputs[size] = self._describe(size)
+            return self._outputs[size]
 
     def _describe(self, size: Size | None) -> dict[str, OutputSpec]:
         failure: Exception | None = None
@@ -149,16 +154,24 @@ class TorchTeacher(Teacher):
         """
         if self.device.type == "meta":
             raise TeacherError(f"{self.where} has only shapes (device meta)")
-        if size not in self._models:
-            model = freeze(self._build(size)).to(self.device, self.dtype)
-            for other in self._models.values():
-                share_parameters(other, model)
-            self._models[size] = model
-        return self._models[size]
+        with self._lock:
+            if size not in self._models:
+                model = freeze(self._build(size)).to(self.device, self.dtype)
+                for other in self._models.values():
+                    share_parameters(other, model)
+                self._models[size] = model
+            return self._models[size]
+
+    def load(self) -> None:
+        """Builds every size's model and outputs now; see `Teacher.load`."""
+        for size in self.sizes:
+            self.model(size)
+            self.outputs(size)
 
     def forward(
         self, batch: Mapping[str, Tensor], size: Size | None
     ) -> dict[str, Tensor]:
+        """Runs the model; see `Teacher.forward`. Any thread may call it."""
         specs = self.outputs(size)
         with torch.inference_mode(), _repeatable(self.device):
             taps = self._taps(self.model(size), batch, size)
@@ -220,10 +233,13 @@ def share_parameters(source: nn.Module, target: nn.Module) -> None:
             parameter.data = twin.data
 
 
+_GENERATOR = threading.RLock()
+
+
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draws random weights from ``seed``; torch's own generator is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with _GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
 
@@ -231,6 +247,70 @@ def seeded(seed: int) -> Iterator[None]:
 def channels_last(map_BCHW: Tensor) -> Tensor:
     """Returns a feature map as (B, H, W, C), without a copy."""
     return map_BCHW.permute(0, 2, 3, 1)
+
+
+class _Recorder:
+    """Hooks of one model, set once, that record for the threads that ask for it.
+
+    A hook that came and went with each call would be seen by the other threads.
+    """
+
+    def __init__(self) -> None:
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._hooked: set[tuple[str, bool]] = set()
+
+    def _hook(self, model: nn.Module, path: str, is_input: bool) -> None:
+        def keep(value: Any) -> None:
+            calls = getattr(self._local, "calls", None)
+            if calls is not None and (path, is_input) in calls:
+                calls[path, is_input].append(value)
+
+        module = model.get_submodule(path)
+        if is_input:
+            module.register_forward_pre_hook(lambda _, values: keep(values[0]))
+        else:
+            module.register_forward_hook(lambda _, __, value: keep(value))
+
+    @contextlib.contextmanager
+    def record(
+        self, model: nn.Module, wanted: Iterable[tuple[str, bool]]
+    ) -> Iterator[Callable[[str, bool], list[Any]]]:
+        calls: dict[tuple[str, bool], list[Any]] = {key: [] for key in wanted}
+        with self._lock:
+            for path, is_input in calls.keys() - self._hooked:
+                self._hook(model, path, is_input)
+                self._hooked.add((path, is_input))
+        self._local.calls = calls
+        try:
+            yield lambda path, is_input: calls[path, is_input]
+        finally:
+            self._local.calls = None
+
+
+_RECORDERS: WeakKeyDictionary[nn.Module, _Recorder] = WeakKeyDictionary()
+_RECORDERS_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def recording(
+    model: nn.Module, outputs: Iterable[str] = (), inputs: Iterable[str] = ()
+) -> Iterator[Callable[[str, bool], list[Any]]]:
+    """Records what submodules return, or take first, in calls made by this thread.
+
+    Args:
+        model: that has the submodules.
+        outputs: paths of those whose return values are kept.
+        inputs: paths of those whose first arguments are kept.
+
+    Yields:
+        A function from (path, whether inputs are meant) to the list of values so far.
+    """
+    with _RECORDERS_LOCK:
+        recorder = _RECORDERS.setdefault(model, _Recorder())
+    wanted = [*((path, False) for path in outputs), *((path, True) for path in inputs)]
+    with recorder.record(model, wanted) as found:
+        yield found
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from manifests.errors import StorageError, TeachOnceError
+from teachonce.environment import ForeignPackageError, check_packages
 
 DONE, WRONG, UNUSABLE = 0, 1, 2
 
@@ -42,7 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     def job_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("job", help="the job's YAML")
         sub.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="fields set over the YAML's"
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="fields set over the YAML's",
         )
 
     index = verb(
@@ -50,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         "Index shards: dataset.json and dataset.parquet, which a job may name",
         'index "data/train-{000..127}.tar" index/',
     )
-    index.add_argument("shards", nargs="+", help="patterns of shards, and last a folder")
+    index.add_argument(
+        "shards", nargs="+", help="patterns of shards, and last a folder"
+    )
     index.add_argument("--json", action="store_true", help=_COMMON_HELP)
     plan = verb(
         "plan",
@@ -83,7 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("bank", help="path or URL of the bank")
     info.add_argument("--json", action="store_true", help=_COMMON_HELP)
     verify = verb(
-        "verify", "Check that every committed block is what it was", "verify bank/ --full"
+        "verify",
+        "Check that every committed block is what it was",
+        "verify bank/ --full",
     )
     verify.add_argument("bank", help="path or URL of the bank")
     verify.add_argument("--full", action="store_true", help="read every byte")
@@ -117,6 +124,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(given: Sequence[str]) -> argparse.Namespace:
+    """Returns the arguments; overrides may stand before and behind options."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(given)
+    overrides = getattr(args, "overrides", None)
+    if rest and (overrides is None or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides is not None:
+        args.overrides = [*overrides, *rest]
+    if args.verb is None and not args.version:
+        parser.print_help()
+    return args
+
+
+def _say(verb: str, error: object) -> None:
+    """Prints an error as one line, whatever it holds."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    print(f"teachonce {verb}: {text}", file=sys.stderr)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -124,22 +151,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--" in given:
         cut = given.index("--")
         given, beam_options = given[:cut], given[cut + 1 :]
-    parser = _parser()
-    args = parser.parse_intermixed_args(given) if not given else parser.parse_args(given)
+    args = _parse(given)
     if args.version:
         from teachonce import __version__
 
         print(f"teachonce {__version__}")
         return DONE
     if args.verb is None:
-        parser.print_help()
         return UNUSABLE
     args.beam_options = beam_options
     try:
-        from teachonce.environment import check_packages
-
         check_packages()
-        if beam_options and args.verb not in ("precompute", "plan"):
+    except ForeignPackageError as error:
+        _say(args.verb, error)
+        return UNUSABLE
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Runs the verb of ``args``; returns the exit code, and says what went wrong."""
+    from manifests.errors import TeachOnceError
+
+    try:
+        if args.beam_options and args.verb not in ("precompute", "plan"):
             raise TeachOnceError(f"{args.verb} takes no Beam options after `--`")
         module = importlib.import_module(f"teachonce.verbs.{args.verb}")
         code: int = module.run(args)
@@ -153,8 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return WRONG
     except TeachOnceError as error:
-        print(f"teachonce {args.verb}: {error}", file=sys.stderr)
+        _say(args.verb, error)
         return WRONG if type(error).__name__ == "RunStopped" else UNUSABLE
     except OSError as error:
-        print(f"teachonce {args.verb}: {StorageError(str(error))}", file=sys.stderr)
+        _say(args.verb, error)
         return WRONG

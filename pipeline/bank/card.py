@@ -10,12 +10,17 @@ def render_card(url: str, record: BankRecord) -> str:
     """Returns the card as Markdown; equal for equal banks."""
     state = record.state
     assert state is not None
+    shards = [shard for shard in record.shards if not shard.retired]
     lines = [
         f"# Feature bank {url.rstrip('/').rsplit('/', 1)[-1]}",
         "",
-        f"{state.rows:,} samples of {len(record.shards):,} shards, {record.num_views} "
+        f"{state.rows:,} samples of {len(shards):,} shards, {record.num_views} "
         f"view(s), blocks of {record.block_rows} rows. "
-        + ("Complete." if state.complete else "**Not complete: run the same job again.**"),
+        + (
+            "Complete."
+            if state.complete
+            else "**Not complete: run the same job again.**"
+        ),
         "",
         f"Data licence: {record.dataset.get('license') or 'not stated'}.",
         "",
@@ -28,9 +33,9 @@ def render_card(url: str, record: BankRecord) -> str:
         weights = entry.provenance["weights"]
         sha = weights["sha256"][:12] or f"random, seed {weights['seed']}"
         lines.append(
-            f"| {entry.teacher} | {entry.request['model']} | {', '.join(entry.inputs)} | "
-            f"{state.valid[entry.id]:,} | {entry.provenance.get('license') or 'not stated'}"
-            f" | {sha} |"
+            f"| {entry.teacher} | {entry.request['model']} | {', '.join(entry.inputs)} "
+            f"| {state.valid[entry.id]:,} "
+            f"| {entry.provenance.get('license') or 'not stated'} | {sha} |"
         )
     lines += ["", "| array (sample, view, ...) | shape of a row | encoding | dtype |"]
     lines += ["| --- | --- | --- | --- |"]
@@ -45,12 +50,13 @@ def render_card(url: str, record: BankRecord) -> str:
         "",
         "```python",
         "import xarray as xr",
-        f'tree = xr.open_datatree("{url}/features.zarr", engine="zarr", consolidated=False)',
+        f'url = "{url}/features.zarr"',
+        'tree = xr.open_datatree(url, engine="zarr", consolidated=False)',
         "```",
         "",
         "Row i belongs to `key[i]`; rows where `valid` is false hold each array's fill "
-        "value. `index/` has a line per row with shard, key and the reason where a row is "
-        "not valid; `bank.json` says which weights and which preprocessing made it.",
+        "value. `index/` has a line per row with shard, key and the reason where a row "
+        "is not valid; `bank.json` says which weights and which preprocessing made it.",
         "",
     ]
     return "\n".join(lines)

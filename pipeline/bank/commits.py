@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from manifests.bank import Commit, CommitContent
 from manifests.errors import BankError
 from manifests.loading import load_json
 from manifests.storage import Store
+from pipeline.bank.row_index import decode_table, encode_table
 
 BLOCKS_PATH = "blocks.parquet"
 _READERS = 16
@@ -90,9 +89,7 @@ def encode_blocks(contents: Iterable[CommitContent]) -> bytes:
         columns["objects"].append(paths)
         columns["size_bytes"].append([content.objects[path][0] for path in paths])
         columns["crc32c"].append([content.objects[path][1] for path in paths])
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema=_SCHEMA), sink, compression="zstd")
-    return sink.getvalue()
+    return encode_table(pa.table(columns, schema=_SCHEMA))
 
 
 def read_blocks(store: Store) -> pa.Table:
@@ -107,10 +104,8 @@ def read_blocks(store: Store) -> pa.Table:
             f"bank {store.url} has no {BLOCKS_PATH}: it was never finalised; run the same "
             "`teachonce precompute` again to finish it"
         )
-    try:
-        return pq.read_table(io.BytesIO(data))
-    except (pa.ArrowInvalid, OSError) as error:
-        raise BankError(
-            f"{store.url_of(BLOCKS_PATH)} is damaged ({error}); run the same "
-            "`teachonce precompute` again, it is made anew from the commits"
-        ) from error
+    hint = (
+        "run the same `teachonce precompute` again with --repair, it is made anew from "
+        "the commits"
+    )
+    return decode_table(data, store.url_of(BLOCKS_PATH), hint)

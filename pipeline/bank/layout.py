@@ -1,7 +1,7 @@
 """Which groups and arrays a bank has: a pure function of its record.
 
-Owns paths inside ``features.zarr`` and writing their metadata; the values are written by
-workers (features) and by finalise (row arrays, statistics).
+Owns paths inside ``features.zarr`` and writing their metadata; the values are written
+by workers (features) and by finalise (row arrays, statistics).
 """
 
 from __future__ import annotations
@@ -147,6 +147,11 @@ def _groups(record: BankRecord) -> dict[str, dict[str, object]]:
             groups[level] = {"preprocess": entry.provenance["preprocess"][size]}
             groups[f"{level}/stats"] = {}
     return groups
+
+
+def group_paths(record: BankRecord) -> list[str]:
+    """Returns the path of every group; '' is the root."""
+    return list(_groups(record))
 
 
 def write_metadata(store: Store, record: BankRecord) -> None:

@@ -8,9 +8,12 @@ this machine is taken over at once; one from elsewhere is waited for, and broken
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import os
 import platform
+import tempfile
 import threading
 import time
 import uuid
@@ -84,6 +87,24 @@ def break_lock(store: Store) -> None:
     store.delete(LOCK_PATH)
 
 
+def clear_dead_lock(store: Store) -> bool:
+    """Removes the lock of a process that died on this machine; returns whether it did."""
+    holder = read_lock(store)
+    if holder is None or not _died_here(holder):
+        return False
+    # Only one process of this machine may look and remove at a time: a second one would
+    # remove the lock that the first has taken in the meantime.
+    name = hashlib.sha256(store.url.encode()).hexdigest()[:16]
+    guard = Path(tempfile.gettempdir()) / f"teachonce-{os.getuid()}-{name}.guard"
+    with open(guard, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        again = read_lock(store)
+        if again is None or again.get("id") != holder.get("id"):
+            return False
+        break_lock(store)
+        return True
+
+
 def _describe(owner: dict[str, Any]) -> str:
     age = time.time() - float(owner.get("heartbeat", 0) or 0)
     return (
@@ -107,13 +128,9 @@ def bank_lock(store: Store, purpose: str, wait_s: float = 60.0) -> Iterator[None
     owner = _owner(purpose)
     deadline = time.monotonic() + wait_s
     while not store.create(LOCK_PATH, json.dumps(owner).encode()):
-        holder = read_lock(store)
-        if holder is not None and _died_here(holder):
-            # A second rescuer may have replaced it in the meantime; look again first.
-            again = read_lock(store)
-            if again is not None and again.get("id") == holder.get("id"):
-                break_lock(store)
+        if clear_dead_lock(store):
             continue
+        holder = read_lock(store)
         if time.monotonic() > deadline:
             if holder is None:
                 continue

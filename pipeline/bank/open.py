@@ -6,12 +6,11 @@ committed after the last finalise is asked for by its commit's name.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from manifests.bank import BankRecord, OutputEntry, PassEntry
 from manifests.errors import BankError, StorageError
@@ -22,6 +21,7 @@ from pipeline.bank.blocks import BankArray, read_values
 from pipeline.bank.commits import read_blocks, read_commits
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.record import FEATURES, open_record
+from pipeline.bank.row_index import num_index_parts, read_index_part
 
 
 def open_bank(url: str) -> Bank:
@@ -132,11 +132,69 @@ class Bank:
         arrays = {suffix: self.array(path, suffix) for suffix in encoding.suffixes}
         return read_values(encoding, arrays, block, view)
 
+    def whole_array(self, path: str) -> npt.NDArray[Any]:
+        """Returns a whole array of ``features.zarr``: ``key``, ``labels/class``, ...
+
+        Raises:
+            BankError: the bank has none of that path.
+        """
+        import zarr
+
+        try:
+            group = zarr.open_group(self._features.url, mode="r", zarr_format=3)
+            array = group[path]
+        except (KeyError, FileNotFoundError) as error:
+            raise BankError(
+                f"bank {self._store.url} has no array {path!r} in {FEATURES}"
+            ) from error
+        if not isinstance(array, zarr.Array):
+            raise BankError(
+                f"{path} of bank {self._store.url} is a group, not an array"
+            )
+        names = getattr(array.metadata, "dimension_names", None) or ("",)
+        # A bank that grows has longer arrays than its record says.
+        has_rows = names[:1] == ("sample",)
+        return np.asarray(array[: self.record.num_rows] if has_rows else array[...])
+
+    def keys(self) -> npt.NDArray[Any]:
+        """Returns the key of every row, (num_rows,); '' where a row is padding."""
+        return self.whole_array("key")
+
+    def validity(self, path: str) -> npt.NDArray[np.bool_]:
+        """Returns which rows of an output's level are valid, (num_rows,)."""
+        self.output(path)
+        return self.whole_array(f"{path.rpartition('/')[0]}/valid")
+
+    def statistics(self, path: str) -> dict[str, npt.NDArray[np.float64]]:
+        """Returns the statistics of an output: mean, variance, covariance, ...
+
+        Raises:
+            BankError: it has none: top-k logits, or a bank that was never finalised.
+        """
+        self.output(path)
+        level, _, name = path.rpartition("/")
+        kinds = ("mean", "variance", "mean_direction", "dispersion", "count")
+        return {
+            kind: self.whole_array(f"{level}/stats/{name}_{kind}") for kind in kinds
+        }
+
+    def committed_blocks(self, path: str) -> npt.NDArray[np.int64]:
+        """Returns the blocks of an output that were committed at the last finalise."""
+        self.output(path)
+        wanted = {entry.id for entry, _ in self._outputs[path][:1]}
+        table = read_blocks(self._store)
+        blocks = [
+            block
+            for name, block in zip(
+                table["pass"].to_pylist(), table["block"].to_pylist(), strict=True
+            )
+            if name in wanted
+        ]
+        return np.asarray(sorted(blocks), np.int64)
+
     def rows(self) -> Iterator[dict[str, object]]:
-        """Yields a mapping per row: shard, key, row, block, offset, labels, validity."""
-        num_parts = -(-max(self.record.num_rows, 1) // 2**20)
-        for part in range(num_parts):
-            path = f"index/part-{part:05d}.parquet"
-            data = self._store.read_or_none(path)
-            if data is not None:
-                yield from pq.read_table(io.BytesIO(data)).to_pylist()
+        """Yields a mapping per row: shard, key, row, block, offset, labels, valid."""
+        if self.record.state is None:
+            return
+        for part in range(num_index_parts(self.record)):
+            yield from read_index_part(self._store, part).to_pylist()

@@ -41,7 +41,7 @@ class OutputSample:
         blocks: np.ndarray,
         valid: np.ndarray,
     ) -> None:
-        """Takes (blocks,) committed block numbers and their (blocks, block_rows) validity."""
+        """Takes (blocks,) committed blocks and their (blocks, block_rows) validity."""
         self._store = store
         self._encoding = encoding_from_json(output.encoding)
         self._specs = [ArraySpec.from_json(data) for data in output.arrays]
@@ -79,7 +79,9 @@ class OutputSample:
             keep = self._valid[position][rows]
             values = self._encoding.decode(stored)[keep]
             if self._output.kind == "grid":
-                numbers = block * self._valid.shape[1] + rows.start + np.flatnonzero(keep)
+                numbers = (
+                    block * self._valid.shape[1] + rows.start + np.flatnonzero(keep)
+                )
                 yield _cells(values, numbers)
             else:
                 yield values
@@ -94,7 +96,9 @@ def _cells(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return picked.reshape(-1, channels)
 
 
-def compute(sample: OutputSample, channels: int, covariance: bool) -> dict[str, np.ndarray]:
+def compute(
+    sample: OutputSample, channels: int, covariance: bool
+) -> dict[str, np.ndarray]:
     """Returns mean, variance, covariance, mean direction, dispersion and count."""
     moments = statistics.Moments(channels, covariance=covariance)
     for vectors in sample:
@@ -112,7 +116,7 @@ def compute(sample: OutputSample, channels: int, covariance: bool) -> dict[str, 
 def write_statistics(
     store: Store, record: BankRecord, committed: Mapping[str, set[int]]
 ) -> None:
-    """Writes ``<level>/stats/<output>_<what>`` for every output that decodes to vectors.
+    """Writes ``<level>/stats/<output>_<what>`` for outputs that decode to vectors.
 
     Only for the holder of the bank's lock.
     """

@@ -32,8 +32,8 @@ def read_record(store: Store) -> BankRecord | None:
         ) from error
     if not isinstance(version, int) or version > BANK_SCHEMA:
         raise BankError(
-            f"bank {store.url} has schema version {version}, this TeachOnce reads up to "
-            f"{BANK_SCHEMA}; install a newer one"
+            f"bank {store.url} has schema version {version}, this TeachOnce reads up "
+            f"to {BANK_SCHEMA}; install a newer one"
         )
     return load_json(BankRecord, text, store.url_of(RECORD_PATH))
 
@@ -44,8 +44,8 @@ def open_record(url: str) -> tuple[Store, BankRecord]:
     record = read_record(store)
     if record is None:
         raise BankError(
-            f"no bank at {url} (bank.json is missing); check the path, or make one with "
-            "`teachonce precompute JOB.yaml`"
+            f"no bank at {url} (bank.json is missing); check the path, or make one "
+            "with `teachonce precompute JOB.yaml`"
         )
     return store, record
 

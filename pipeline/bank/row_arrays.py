@@ -71,6 +71,17 @@ class RowArray:
         fill = math.nan if self.fill == "NaN" else self.fill
         return np.full((num_rows, *views, *self.row_shape), fill, dtype)
 
+    def object_paths(self, num_rows: int, num_views: int) -> list[str]:
+        """Returns the paths of all its objects inside ``features.zarr``."""
+        chunks = range(-(-num_rows // CHUNK_ROWS))
+        views = range(num_views) if self.has_view else (None,)
+        rest = [0] * len(self.row_shape)
+        return [
+            ".".join(str(x) for x in (f"{self.path}/c", chunk, view, *rest) if x is not None)
+            for chunk in chunks
+            for view in views
+        ]
+
     def objects(self, chunk: int, values: np.ndarray) -> dict[str, bytes]:
         """Returns the objects of one chunk of rows by path inside ``features.zarr``.
 

@@ -6,17 +6,15 @@ Workers write a Parquet object per block; finalise turns them into row arrays.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from manifests.bank import InputEntry
-from manifests.errors import BankError
+from pipeline.bank.row_index import decode_table, encode_table
 
 MAX_REASON_LENGTH = 300
 
@@ -106,10 +104,7 @@ def encode_rows(
         for name in labels:
             values[f"label.{name}"].append(row.labels.get(name))
             values[f"label.{name}.reason"].append(_cut(row.label_reasons.get(name)))
-    sink = io.BytesIO()
-    table = pa.table(values, schema=pa.schema(columns))
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    return encode_table(pa.table(values, schema=pa.schema(columns)))
 
 
 def decode_rows(data: bytes, where: str) -> dict[str, list[Any]]:
@@ -118,10 +113,6 @@ def decode_rows(data: bytes, where: str) -> dict[str, list[Any]]:
     Raises:
         BankError: the object is damaged.
     """
-    try:
-        columns: dict[str, list[Any]] = pq.read_table(io.BytesIO(data)).to_pydict()
-    except (pa.ArrowException, OSError) as error:
-        raise BankError(
-            f"{where} is damaged ({error}); run `teachonce precompute JOB --repair`"
-        ) from error
+    hint = "run `teachonce precompute JOB --repair`"
+    columns: dict[str, list[Any]] = decode_table(data, where, hint).to_pydict()
     return columns

@@ -23,6 +23,7 @@ from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.objects import decode_object, object_crc32c
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import decode_rows
+from pipeline.bank.verify_frame import damaged_metadata, damaged_rows
 
 _THREADS = 4
 
@@ -40,6 +41,7 @@ class VerifyReport:
         damaged_objects: paths that are not what their commit says.
         missing_blocks: number of blocks per pass that have no commit.
         orphans: objects that no commit names, left by a run that was ended.
+        damaged_metadata: paths of ``zarr.json`` to write again.
     """
 
     blocks: int = 0
@@ -50,6 +52,7 @@ class VerifyReport:
     damaged_objects: list[str] = field(default_factory=list)
     missing_blocks: dict[str, int] = field(default_factory=dict)
     orphans: list[str] = field(default_factory=list)
+    damaged_metadata: list[str] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
@@ -136,6 +139,12 @@ def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport
     report.orphans = sorted(set(sizes) - named)
     _check_table(store, record, lines, report)
     _check_rows(record, report)
+    for path, why in damaged_metadata(store, record):
+        report.problems.append(f"{path} {why}")
+        report.damaged_metadata.append(path)
+    if record.state is not None and not any(report.missing_blocks.values()):
+        for path, why in damaged_rows(store, record, full):
+            report.problems.append(f"{path} {why}")
     return report
 
 

@@ -80,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     (folder / "scenes").mkdir(parents=True, exist_ok=True)
     for old in (folder / "scenes").glob("scenes-*.tar"):
         old.unlink()
-    with tqdm(total=-(-args.scenes // SCENES_PER_SHARD), unit="shard", disable=None) as bar:
+    with tqdm(
+        total=-(-args.scenes // SCENES_PER_SHARD), unit="shard", disable=None
+    ) as bar:
         paths = write_shards(
             folder / "scenes",
             args.scenes,

@@ -27,27 +27,29 @@ def run(args: argparse.Namespace) -> int:
     store = Store(folder if "://" in folder else os.path.abspath(folder))
     index.write_index(store, "dataset", shards)
     damaged = [shard.record for shard in shards if shard.record.damage]
+    faults = {
+        f"{shard.record.name}:{fault.key}": f"{fault.reason}: {fault.detail}"
+        for shard in shards
+        for fault in shard.record.faults
+    }
+    num_bytes = sum(shard.record.size_bytes for shard in shards)
     facts = {
         "dataset": store.url_of("dataset.json"),
         "shards": len(shards),
         "samples": sum(shard.record.samples for shard in shards),
-        "bytes": sum(shard.record.size_bytes for shard in shards),
+        "bytes": num_bytes,
         "damaged": {record.name: record.damage for record in damaged},
-        "faults": {
-            f"{shard.record.name}:{fault.key}": f"{fault.reason}: {fault.detail}"
-            for shard in shards
-            for fault in shard.record.faults
-        },
+        "faults": faults,
     }
     if args.json:
         text.print_json(facts)
     else:
         print(
             f"{facts['samples']:,} samples in {facts['shards']:,} shards, "
-            f"{text.size(sum(s.record.size_bytes for s in shards))} -> {facts['dataset']}"
+            f"{text.size(num_bytes)} -> {facts['dataset']}"
         )
-        for name, why in facts["damaged"].items():  # type: ignore[attr-defined]
-            print(f"damaged: {name}: {why}")
-        for name, why in facts["faults"].items():  # type: ignore[attr-defined]
+        for record in damaged:
+            print(f"damaged: {record.name}: {record.damage}")
+        for name, why in faults.items():
             print(f"no row: {name}: {why}")
     return 1 if damaged else 0

@@ -30,11 +30,11 @@ def print_facts(facts: dict[str, Any]) -> None:
         + (f", locked by {facts['lock'].get('purpose')}" if facts["lock"] else "")
     )
     print(
-        f"samples  {facts['samples']:,} in {facts['shards']:,} shards; {facts['rows']:,} "
-        f"rows in blocks of {facts['block_rows']}, {facts['views']} view(s)"
+        f"samples  {facts['samples']:,} in {facts['shards']:,} shards; "
+        f"{facts['rows']:,} rows in blocks of {facts['block_rows']}, {facts['views']} view(s)"
     )
     print(f"licence  data: {facts['dataset_license'] or 'not stated'}")
-    rows = [
+    passes = [
         (
             name,
             one["model"].rsplit("/", 1)[-1],
@@ -45,8 +45,11 @@ def print_facts(facts: dict[str, Any]) -> None:
         )
         for name, one in facts["passes"].items()
     ]
-    print("\n" + text.table(("pass", "model", "blocks", "valid", "bytes", "licence"), rows))
-    rows = [
+    print(
+        "\n"
+        + text.table(("pass", "model", "blocks", "valid", "bytes", "licence"), passes)
+    )
+    outputs = [
         (
             path,
             " x ".join(map(str, one["shape"])),
@@ -57,7 +60,7 @@ def print_facts(facts: dict[str, Any]) -> None:
         for path, one in facts["outputs"].items()
     ]
     head = ("output", "row", "dtype", "encoding", "dead channels")
-    print("\n" + text.table(head, rows) + "\n")
+    print("\n" + text.table(head, outputs) + "\n")
     for name, one in facts["passes"].items():
         for reason, count in (one["invalid"] or {}).items():
             print(f"invalid  {name}: {count} rows {reason}")
@@ -71,4 +74,8 @@ def print_facts(facts: dict[str, Any]) -> None:
 
 def _channels(numbers: list[int]) -> str:
     shown = ", ".join(map(str, numbers[:5]))
-    return f"{len(numbers)}: {shown}{', ...' if len(numbers) > 5 else ''}" if numbers else ""
+    return (
+        f"{len(numbers)}: {shown}{', ...' if len(numbers) > 5 else ''}"
+        if numbers
+        else ""
+    )

@@ -51,9 +51,9 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
         f"{numbers.rows:,} rows in blocks of {numbers.block_rows} "
         f"({numbers.padding:.1%} padding), {plan.record.num_views} view(s)"
     )
-    for name, entry in plan.record.inputs.items():
-        box = f", view 0: {entry.view0} (aspect {entry.aspect:.2f})" if entry.view0 else ""
-        print(f"input    {name}: {entry.config['kind']}{box}")
+    for name, one in plan.record.inputs.items():
+        box = f", view 0: {one.view0} (aspect {one.aspect:.2f})" if one.view0 else ""
+        print(f"input    {name}: {one.config['kind']}{box}")
     rows = []
     for entry in plan.record.passes:
         for output in entry.outputs:
@@ -76,8 +76,8 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
         print("nothing to do: the bank has all of it")
         return
     print(
-        f"to do    {numbers.blocks_to_do:,} blocks of passes, {numbers.objects_to_do:,} "
-        f"objects, at most {text.size(numbers.bytes_to_do)} before compression, "
+        f"to do    {numbers.blocks_to_do:,} blocks of passes, "
+        f"{numbers.objects_to_do:,} objects, at most {text.size(numbers.bytes_to_do)} before compression, "
         f"{numbers.flops / 1e12:.2f} TFLOP"
     )
     budget = job.engine.memory
@@ -88,6 +88,6 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
     )
     if numbers.block_bytes * 2 > budget:
         print(
-            "         two blocks do not fit the budget, so reading and running teachers "
-            "cannot overlap: raise engine.memory or set block_rows lower"
+            "         two blocks do not fit the budget, so reading and running "
+            "teachers cannot overlap: raise engine.memory or set block_rows lower"
         )

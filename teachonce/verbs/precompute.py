@@ -47,8 +47,8 @@ def print_outcome(bank: str, outcome: Outcome) -> None:
     else:
         seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())
         print(
-            f"{result.blocks:,} blocks of passes committed, {result.samples:,} samples, "
-            f"{text.size(result.bytes_read)} read, {text.size(result.bytes_written)} "
+            f"{result.blocks:,} blocks of passes committed, {result.samples:,} "
+            f"samples, {text.size(result.bytes_read)} read, {text.size(result.bytes_written)} "
             f"written ({seconds})"
         )
     for name, block in outcome.removed:

@@ -35,10 +35,10 @@ def print_report(report: VerifyReport, full: bool) -> None:
             print(f"pass {name}: {count} blocks not computed yet")
     if report.orphans:
         print(
-            f"{len(report.orphans)} objects have no commit (an ended run left them; the "
-            "same command takes them up)"
+            f"{len(report.orphans)} objects have no commit (an ended run left them; "
+            "the same command takes them up)"
         )
     if report.is_sound:
         print("sound")
-    elif report.damaged_blocks:
+    elif report.problems:
         print("mend with: teachonce precompute JOB.yaml --repair")

@@ -2,13 +2,16 @@
 
 Small models stand for their kinds: transformers with a class token, with registers and
 of one size only; convolutional nets, NCHW and NHWC; contrastive towers; modules on
-images and on sweeps. Weights are random, so that what is tested is ours and not the training.
+images and on sweeps. Weights are random, so that what is tested is ours and not the
+training.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,7 @@ MAPS: dict[str, Any] = {"pooled": {}, "logits": {}, "patch": {}, "level1": {}}
 CASES: dict[str, dict[str, Any]] = {
     "class token": {
         "model": "timm:test_vit",
-        "outputs": {**CLS_AND_PATCH, "logits": {}, "patch": {"pool": (2, 2)}},
+        "outputs": {**CLS_AND_PATCH, "cls": {"norm": "pre"}, "patch": {"pool": (2, 2)}},
         "sizes": [(96, 160), (160, 160)],
     },
     "registers, one size": {
@@ -198,6 +201,19 @@ def test_a_row_does_not_depend_on_its_neighbours(case: str, folder: Path) -> Non
         assert torch.allclose(whole[name][0], single[name][0], atol=1e-5, rtol=1e-5)
 
 
+@every_case
+def test_threads_do_not_see_each_other(case: str, folder: Path) -> None:
+    teacher = _open(case, folder)
+    size = teacher.sizes[0]
+    batches = [_batch(teacher, size, 2, seed) for seed in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda item: teacher.forward(item, size), batches))
+    for batch, found in zip(batches, together, strict=True):
+        alone = teacher.forward(batch, size)
+        for name in alone:
+            assert torch.equal(found[name], alone[name]), name
+
+
 def _response(teacher: Teacher, name: str, centre: tuple[float, float]) -> Tensor:
     """How much each cell of a grid (H, W) changes with a bright patch at (x, y)."""
     size = teacher.sizes[0]
@@ -250,9 +266,8 @@ def _own_transform(case: str) -> tuple[Any, int, int]:
     if family == "timm":
         known = timm.models.get_pretrained_cfg(name)
         assert known is not None
-        config: Any = timm.data.config.resolve_data_config(
-            {}, pretrained_cfg=known.to_dict()
-        )
+        resolve: Any = timm.data.config.resolve_data_config
+        config = resolve({}, pretrained_cfg=asdict(known))
         side = config["input_size"][-1]
         make = timm.data.transforms_factory.create_transform
         crop = config["crop_pct"]

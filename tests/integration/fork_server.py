@@ -90,7 +90,9 @@ def _watch_writes(kill, log):
     def wrapped(call):
         def write(*arguments, **named):
             path = str(arguments[-1])
-            is_chosen = "/.tmp/" not in path and visible(path)
+            # A link into a folder that is not there yet fails and is tried again.
+            counts = "/.tmp/" not in path and os.path.isdir(os.path.dirname(path))
+            is_chosen = counts and visible(path)
             if is_chosen and kill["when"] == "before":
                 os.kill(os.getpid(), signal.SIGKILL)
             done = call(*arguments, **named)

@@ -73,7 +73,7 @@ def _whole(name: str, folder: Path) -> Any:
 def test_embed_is_encode_image(name: str, tmp_path: Path, open_one: Open) -> None:
     model = _whole(name, tmp_path)
     teacher = open_one(f"open_clip:{name}", ["embed"], weights="whole.pt")
-    image = _image(*teacher.sizes[0])
+    image = _image(*(teacher.sizes[0] or ()))
     with torch.inference_mode():
         expected = model.encode_image(image)
     assert torch.equal(_run(teacher, image)["embed"], expected)
@@ -117,7 +117,7 @@ def test_transformer_outputs(tmp_path: Path, open_one: Open) -> None:
 def test_norm_after_pooling_is_applied_to_cells(tmp_path: Path, open_one: Open) -> None:
     visual = _whole("tiny-vit-late-norm", tmp_path).visual
     name = "open_clip:tiny-vit-late-norm"
-    outputs = {"patch": {}, "pooled": {}, "embed": {}}
+    outputs: dict[str, Any] = {"patch": {}, "pooled": {}, "embed": {}}
     found = _run(open_one(name, outputs, weights="whole.pt"), _image(64, 64))
     pre = {"patch": {"norm": "pre"}}
     unnormed = _run(open_one(name, pre, weights="whole.pt"), _image(64, 64))["patch"]
@@ -186,7 +186,7 @@ def test_a_file_of_the_tower_alone_loads(tmp_path: Path, open_one: Open) -> None
 def test_a_file_of_another_model_is_refused(tmp_path: Path, open_one: Open) -> None:
     _whole("tiny-resnet", tmp_path)
     teacher = open_one("open_clip:tiny-vit", ["embed"], weights="whole.pt")
-    with pytest.raises(TeacherError, match="missing.*unexpected"):
+    with pytest.raises(TeacherError, match=r"missing.*unexpected"):
         teacher.model((64, 64))
 
 

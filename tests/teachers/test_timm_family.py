@@ -102,7 +102,7 @@ def test_nhwc_maps_stay_as_they_are(open_one: Open) -> None:
 
 def test_norm_after_pooling_is_applied_to_cells(open_one: Open) -> None:
     """BEiT averages, then norms (fc_norm): its tokens leave unnormed."""
-    outputs = {"patch": {}, "cls": {}}
+    outputs: dict[str, Any] = {"patch": {}, "cls": {}}
     post = _run(open_one(outputs=outputs, **BEIT), _image(224, 224))
     pre_outputs = {name: {"norm": "pre"} for name in outputs}
     teacher = open_one(outputs=pre_outputs, **BEIT)
@@ -144,7 +144,7 @@ def test_pre_is_before_the_final_norm(open_one: Open) -> None:
 
 
 def test_layers_are_normed_by_default(open_one: Open) -> None:
-    outputs = {"layer1": {}, "layer5": {}, "patch": {}}
+    outputs: dict[str, Any] = {"layer1": {}, "layer5": {}, "patch": {}}
     teacher = open_one("timm:test_vit", outputs)
     found = _run(teacher, _image(160, 160))
     assert torch.allclose(found["layer5"], found["patch"], atol=1e-6)
@@ -217,7 +217,7 @@ def test_own_size_follows_the_aspect(
     squashed = open_one(
         model, ["patch"], aspect=16 / 9, preprocess={"fit": "squash"}, device="meta"
     )
-    config = timm.models.get_pretrained_cfg(model.partition(":")[2])
+    config: Any = timm.models.get_pretrained_cfg(model.partition(":")[2])
     assert squashed.sizes == (config.input_size[1:],)
 
 
@@ -261,9 +261,8 @@ def test_sizes_share_weights_and_resample_position(open_one: Open) -> None:
             assert torch.allclose(found, expected, atol=1e-6)
         else:
             assert parameter.data_ptr() == own[name].data_ptr(), name
-    assert (
-        not hasattr(wide, "pretrained_cfg") or "state_dict" not in wide.pretrained_cfg
-    )
+    config: Any = wide.pretrained_cfg
+    assert "state_dict" not in config
 
 
 def test_one_model_serves_all_sizes_it_takes_as_they_are(open_one: Open) -> None:
@@ -374,7 +373,7 @@ def test_models_that_cannot_be_had(
 
 def test_a_size_the_model_cannot_take_is_said_so(open_one: Open) -> None:
     teacher = open_one("timm:nest_tiny", ["pooled"], sizes=[[64, 96]], device="meta")
-    with pytest.raises(TeacherError, match="cannot run at 64 x 96.*choose other"):
+    with pytest.raises(TeacherError, match=r"cannot run at 64 x 96.*choose other"):
         teacher.outputs((64, 96))
 
 

@@ -148,17 +148,18 @@ def test_values_that_are_no_tensors(tmp_path: Path) -> None:
 
 
 def test_strict_loading_reports_all_three_kinds() -> None:
-    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    first = nn.Linear(2, 3)
+    model = nn.Sequential(first, nn.Linear(3, 4))
     state = {"0.weight": torch.zeros(3, 2), "0.bias": torch.zeros(9)}
     state |= {f"extra{k}": torch.zeros(1) for k in range(7)}
-    before = model[0].weight.clone()
+    before = first.weight.clone()
     with pytest.raises(TeacherError) as raised:
         weights.load_strict(model, state, "w.pt")
     text = str(raised.value)
     assert "2 missing (1.weight, 1.bias)" in text
     assert "7 unexpected (extra0, extra1, extra2, extra3, extra4, ...)" in text
     assert "1 of another shape (0.bias (9,) for (3,))" in text
-    assert torch.equal(model[0].weight, before)
+    assert torch.equal(first.weight, before)
 
 
 def test_torchs_own_complaint_is_read_the_same() -> None:
