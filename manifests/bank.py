@@ -95,7 +95,14 @@ class PassEntry(Strict):
     @property
     def flops_per_row(self) -> float:
         """Operations that a row costs in all its views, 0 where they are not known."""
-        return float(self.provenance.get("flops_per_row", 0.0)) * len(self.views)
+        cost = self.provenance.get("cost_per_row", {})
+        return float(cost.get("flops", 0.0)) * len(self.views)
+
+    @property
+    def working_bytes(self) -> int:
+        """Memory of one forward's intermediate values, 0 where it is not known."""
+        cost = self.provenance.get("cost_per_row", {})
+        return int(cost.get("working_bytes", 0)) * self.batch
 
 
 class BankState(Strict):

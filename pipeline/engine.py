@@ -31,10 +31,10 @@ from pipeline.errors import PipelineError
 from pipeline.live import load_passes, pick_device
 from pipeline.inputs import view_policy_of
 from pipeline.memory import Budget, Buffers
-from pipeline.estimate import block_bytes
+from pipeline.estimate import block_bytes, working_bytes
 from pipeline.samples.errors import ShardError
 from pipeline.samples.shards import RowSpan, Sample, read_samples
-from pipeline.work_items import num_threads
+from pipeline.work_items import num_lanes, num_threads
 
 SMALLEST_JUDGED_ITEM = 50
 RAW_SAMPLES_PER_THREAD = 4
@@ -104,8 +104,12 @@ class Engine:
         self._schema = SampleSchema.of(record.inputs, record.labels)
         self._policy = view_policy_of(record)
         self._passes: dict[str, LivePass] = load_passes(record, pass_ids, self.device)
-        self.budget = Budget(config.memory)
-        self._buffers = Buffers(config.memory)
+        self._num_lanes = num_lanes(self.device, config)
+        # What is left beside the lanes' own values is for blocks; a single block is
+        # always let through.
+        working = working_bytes(record, pass_ids, self._num_lanes)
+        self.budget = Budget(max(config.memory - working, 1))
+        self._buffers = Buffers(self.budget.total_bytes)
         self._users = 0
         self._lock = threading.Lock()
         self._forwards: queue.SimpleQueue[tuple[_ItemWork, BlockWork, str, int] | None]
@@ -134,14 +138,13 @@ class Engine:
             self._users += 1
             if self._users > 1:
                 return
-            lanes = 1 if self.device.startswith("cuda") else self._threads
             self._readers = ThreadPoolExecutor(8, "teachonce-item")
             self._decoders = ThreadPoolExecutor(self._threads, "teachonce-decode")
             self._writers = ThreadPoolExecutor(self._threads, "teachonce-write")
             self._raw = threading.Semaphore(RAW_SAMPLES_PER_THREAD * self._threads)
             self._lanes = [
                 threading.Thread(target=self._forward_lane, name=f"teachonce-lane-{n}")
-                for n in range(lanes)
+                for n in range(self._num_lanes)
             ]
             for lane in self._lanes:
                 lane.daemon = True

@@ -11,6 +11,7 @@ from pipeline import sizing
 from pipeline.bank.arrays import ArraySpec
 from pipeline.errors import PipelineError
 from pipeline.plan import Plan
+from pipeline.work_items import num_lanes
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Estimate:
     bytes_to_do: int
     bytes_by_output: dict[str, int]
     block_bytes: int
+    working_bytes: int
     parameter_bytes: int
     flops: float
 
@@ -56,6 +58,12 @@ def block_bytes(record: BankRecord, pass_ids: Sequence[str]) -> int:
         outputs = sum(output_row_bytes(output) for output in entry.outputs)
         row += len(entry.views) * (input_row_bytes(entry) + 2 * outputs)
     return row * record.block_rows
+
+
+def working_bytes(record: BankRecord, pass_ids: Sequence[str], lanes: int) -> int:
+    """Returns the memory that forward lanes take for intermediate values."""
+    passes = (record.pass_by_id(name) for name in pass_ids)
+    return lanes * max((entry.working_bytes for entry in passes), default=0)
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -99,6 +107,9 @@ def estimate(plan: Plan) -> Estimate:
         bytes_to_do=sum(by_output.values()),
         bytes_by_output=by_output,
         block_bytes=block_bytes(record, plan.wanted),
+        working_bytes=working_bytes(
+            record, plan.wanted, num_lanes(plan.job.engine.device, plan.job.engine)
+        ),
         parameter_bytes=sum(
             int(entry.provenance["facts"]["parameter_bytes"])
             for entry in teachers.values()

@@ -35,6 +35,7 @@ from pipeline.bank.commits import (
     read_commits,
 )
 from pipeline.bank.lock import bank_lock
+from pipeline.bank.objects import object_crc32c
 from pipeline.bank.output_statistics import write_statistics
 from pipeline.bank.record import FEATURES, open_record, write_record
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
@@ -111,6 +112,21 @@ def _iter_blocks(
             yield BlockFacts(block, shard, rows, commits)
 
 
+def _read_facts(store: Store, commit: CommitContent) -> dict[str, list[Any]]:
+    """Returns the row facts of a block; raises BankError where they are not those that
+    were committed: Parquet itself does not notice every wrong bit.
+    """
+    path = object_path(commit.pass_id, commit.block)
+    data = store.read_or_none(path)
+    if data is None or (len(data), object_crc32c([data])) != commit.objects[path]:
+        state = "is missing" if data is None else "is not what was committed"
+        raise BankError(
+            f"{store.url_of(path)} (pass {commit.pass_id}, block {commit.block}, shard "
+            f"{commit.shard}) {state}; run `teachonce precompute JOB --repair`"
+        )
+    return decode_rows(data, store.url_of(path))
+
+
 def _with_columns(
     store: Store, record: BankRecord, blocks: Iterator[BlockFacts]
 ) -> Iterator[BlockFacts]:
@@ -120,8 +136,7 @@ def _with_columns(
     def load(facts: BlockFacts) -> BlockFacts:
         for name in ids:
             if name in facts.commits:
-                path = object_path(name, facts.block)
-                facts.columns |= decode_rows(store.read(path), store.url_of(path))
+                facts.columns |= _read_facts(store, facts.commits[name])
         return facts
 
     with ThreadPoolExecutor(8) as pool:

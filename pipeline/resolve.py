@@ -22,9 +22,9 @@ from pipeline.bank.encodings import make_encoding
 from teachers import registry
 from teachers.code import code_digest, kinds_wanted
 from teachers.interface import (
+    Cost,
     GroupInput,
     OutputSpec,
-    Teacher,
     TeacherRequest,
     WeightsRecord,
 )
@@ -51,7 +51,7 @@ class Described:
     outputs: Mapping[str, Mapping[str, OutputSpec]]
     preprocess: Mapping[str, Any]
     facts: Mapping[str, Any]
-    flops_per_row: float
+    cost: Cost
 
 
 def size_name(size: tuple[int, int] | None) -> str:
@@ -102,12 +102,6 @@ def groups_of(
         names = dict.fromkeys(
             one for one, entry in inputs.items() if entry.config["kind"] in kinds
         )
-    for one in names:
-        if inputs[one].config["kind"] not in kinds:
-            raise ManifestError(
-                f"teachers.{name}: {config.model} takes {' or '.join(sorted(kinds))}, "
-                f"input {one} is {inputs[one].config['kind']}; change `on`"
-            )
     if not names:
         raise ManifestError(
             f"teachers.{name}: {config.model} takes {' or '.join(sorted(kinds))} and "
@@ -172,29 +166,6 @@ def group_teachers(
     return found
 
 
-def _flops(teacher: Teacher, size: tuple[int, int] | None) -> float:
-    """Returns the floating point operations of one row, counted on the meta device."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
-    batch = {}
-    for name, spec in teacher.inputs(size).items():
-        shape = (
-            (1, 3, spec.height, spec.width)
-            if spec.kind == "image"
-            else (1, spec.num_points, len(spec.columns))
-        )
-        dtype = getattr(torch, teacher.request.config.precision)
-        batch[name] = torch.zeros(shape, device="meta", dtype=dtype)
-    try:
-        with FlopCounterMode(display=False) as counter:
-            teacher.forward(batch, size)
-    except (RuntimeError, NotImplementedError, ValueError):
-        # Data-dependent models cannot run on meta; the parameters give a floor.
-        return 2.0 * teacher.facts.num_parameters
-    return float(counter.get_total_flops())
-
-
 def describe(item: GroupTeacher) -> Described:
     """Returns outputs, preprocessing and cost of a teacher, from shapes alone."""
     teacher = registry.open_teacher(item.request, item.weights, "meta")
@@ -205,8 +176,12 @@ def describe(item: GroupTeacher) -> Described:
         }
         for size in teacher.sizes
     }
-    flops = sum(_flops(teacher, size) for size in teacher.sizes)
-    return Described(outputs, preprocess, teacher.facts.to_json(), flops)
+    costs = [teacher.cost(size) for size in teacher.sizes]
+    cost = Cost(
+        flops=sum(one.flops for one in costs),
+        working_bytes=max(one.working_bytes for one in costs),
+    )
+    return Described(outputs, preprocess, teacher.facts.to_json(), cost)
 
 
 def _definition(config: OutputConfig) -> dict[str, Any]:
@@ -417,7 +392,7 @@ def resolve_teacher(
                     "preprocess": dict(described.preprocess),
                     "facts": dict(described.facts),
                     "license": config.license or described.facts.get("license"),
-                    "flops_per_row": described.flops_per_row,
+                    "cost_per_row": asdict(described.cost),
                     "versions": _versions(),
                 },
             )

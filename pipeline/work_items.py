@@ -25,6 +25,11 @@ def num_threads(config: EngineConfig) -> int:
     return config.threads or len(os.sched_getaffinity(0))
 
 
+def num_lanes(device: str, config: EngineConfig) -> int:
+    """Returns the forward lanes of an engine: one on an accelerator, else one a core."""
+    return 1 if device.startswith("cuda") else num_threads(config)
+
+
 def item_blocks(plan: Plan, device: str, threads: int) -> int:
     """Returns the blocks of a work item planned for about two minutes."""
     rate = CUDA_FLOPS if device.startswith("cuda") else CPU_FLOPS_PER_CORE * threads

@@ -166,6 +166,19 @@ class Facts:
         return {**asdict(self), "versions": dict(self.versions)}
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What one row costs in one forward.
+
+    Attributes:
+        flops: floating point operations; a multiply-add counts as two.
+        working_bytes: memory of intermediate values at its peak, weights left out.
+    """
+
+    flops: float = 0.0
+    working_bytes: int = 0
+
+
 class Teacher(ABC):
     """A frozen model, ready to run or, on the meta device, ready to be described.
 
@@ -192,6 +205,14 @@ class Teacher(ABC):
         Raises:
             TeacherError: the model has no such output; the message names those it has.
         """
+
+    def cost(self, size: Size | None) -> Cost:
+        """Returns what a row costs at ``size``, from shapes alone.
+
+        A family that cannot tell leaves this: each parameter is then used once.
+        """
+        del size
+        return Cost(flops=2.0 * self.facts.num_parameters)
 
     def load(self) -> None:  # noqa: B027
         """Makes every size ready to run; `forward` may then be called from any thread.

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from manifests.errors import StorageError
 from manifests.job import OutputConfig
 from manifests.storage import read_url
+from teachers.cost import building_on
 from teachers.errors import TeacherError
 from teachers.interface import InputSpec, Size, TeacherRequest, WeightsRecord
 from teachers.preprocess import image_spec, points_spec
@@ -209,7 +210,7 @@ class ModuleTeacher(TorchTeacher):
     def _create(self, device: str) -> nn.Module:
         config = self.request.config
         what = f"{self.where}.model: {config.model_name}(**args) must be built"
-        with _explained(what, ()), torch.device(device), seeded(self._weights.seed):
+        with _explained(what, ()), building_on(device), seeded(self._weights.seed):
             model = self._code.make(**config.args)
         if not isinstance(model, nn.Module):
             raise TeacherError(
@@ -401,7 +402,7 @@ def describe(name: str, base: str) -> dict[str, Any]:
         "summary": (code.make.__doc__ or "").strip().partition("\n")[0],
     }
     # Without its arguments a class may well refuse to be built; then that is all.
-    with contextlib.suppress(Exception), torch.device("meta"):
+    with contextlib.suppress(Exception), building_on("meta"):
         model = freeze(code.make())
         facts["num_parameters"] = sum(item.numel() for item in model.parameters())
         facts["submodules"] = [path for path, _ in model.named_modules() if path]

@@ -29,6 +29,7 @@ from open_clip.transform import PreprocessCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from teachers.cost import building_on
 from teachers.errors import TeacherError
 from teachers.interface import InputSpec, Size, TeacherRequest, WeightsRecord
 from teachers.preprocess import fit_size, image_spec
@@ -208,7 +209,7 @@ class OpenClipTeacher(TorchTeacher):
         return split_projection(self._tower(size, device))
 
     def _tower(self, size: Size, device: str) -> nn.Module:
-        with torch.device(device), seeded(self._weights.seed):
+        with building_on(device), seeded(self._weights.seed):
             return build_tower(
                 self._config, size, native_size(self._config), self._quick_gelu
             )
@@ -460,7 +461,7 @@ def describe(name: str, base: str) -> dict[str, Any]:
     del base
     config = find_model(name)
     size = native_size(config)
-    with torch.device("meta"):
+    with building_on("meta"):
         built = build_tower(config, size, size, bool(config.get("quick_gelu", False)))
         tower = freeze(split_projection(built))
     image = torch.zeros(1, 3, *size, device="meta")

@@ -31,6 +31,7 @@ from timm.layers.classifier import NormMlpClassifierHead
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from teachers.cost import building_on
 from teachers.errors import TeacherError
 from teachers.interface import (
     GroupInput,
@@ -225,7 +226,7 @@ class TimmTeacher(TorchTeacher):
         raise failure
 
     def _create_empty(self, device: str, variant: dict[str, Any]) -> nn.Module:
-        with torch.device(device), seeded(0):
+        with building_on(device), seeded(0):
             return self._create(variant)
 
     def _create(self, variant: dict[str, Any], **more: Any) -> nn.Module:
@@ -504,7 +505,7 @@ def describe(name: str, base: str) -> dict[str, Any]:
     """
     del base
     config = find_config(name)
-    with torch.device("meta"):
+    with building_on("meta"):
         model = freeze(timm.create_model(name))
     size = native_size(config)
     hub = config.hf_hub_id

@@ -21,8 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from manifests.job import OutputConfig
+from teachers.cost import CostMeter
 from teachers.errors import TeacherError
 from teachers.interface import (
+    Cost,
     Facts,
     ImageSpec,
     InputSpec,
@@ -67,6 +69,7 @@ class TorchTeacher(Teacher):
         self.device = torch.device(device)
         self.dtype = DTYPES[request.config.precision]
         self._outputs: dict[Size | None, dict[str, OutputSpec]] = {}
+        self._costs: dict[Size | None, Cost] = {}
         self._models: dict[Size | None, nn.Module] = {}
         self._lock = threading.RLock()
 
@@ -96,6 +99,14 @@ class TorchTeacher(Teacher):
                 self._outputs[size] = self._describe(size)
             return self._outputs[size]
 
+    def cost(self, size: Size | None) -> Cost:
+        """Returns what a row costs, counted while the outputs were found."""
+        self.outputs(size)
+        cost = self._costs[size]
+        # Counted in float32; a narrower type takes as much less memory.
+        width = self.dtype.itemsize / torch.float32.itemsize
+        return Cost(cost.flops, int(cost.working_bytes * width))
+
     def _describe(self, size: Size | None) -> dict[str, OutputSpec]:
         failure: Exception | None = None
         for device in ("meta", "cpu"):
@@ -105,8 +116,9 @@ class TorchTeacher(Teacher):
                     name: _blank(spec, device)
                     for name, spec in self.inputs(size).items()
                 }
-                with torch.inference_mode():
+                with CostMeter() as meter, torch.inference_mode():
                     taps = self._taps(model, batch, size)
+                self._costs[size] = meter.cost
                 return {
                     name: self._spec(name, config, taps[name], size)
                     for name, config in self.request.config.outputs.items()

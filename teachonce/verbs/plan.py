@@ -82,11 +82,11 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
     )
     budget = job.engine.memory
     print(
-        f"memory   budget {text.size(budget)} for blocks of "
-        f"{text.size(numbers.block_bytes)} each, weights "
-        f"{text.size(numbers.parameter_bytes)}"
+        f"memory   budget {text.size(budget)}: {text.size(numbers.working_bytes)} inside "
+        f"models, the rest for blocks of {text.size(numbers.block_bytes)} each; weights "
+        f"{text.size(numbers.parameter_bytes)} beside it"
     )
-    if numbers.block_bytes * 2 > budget:
+    if numbers.block_bytes * 2 + numbers.working_bytes > budget:
         print(
             "         two blocks do not fit the budget, so reading and running "
             "teachers cannot overlap: raise engine.memory or set block_rows lower"
