@@ -26,7 +26,8 @@ import numpy.typing as npt
 from manifests.job import OutputConfig
 from manifests.storage import Store
 from pipeline.bank.arrays import object_name
-from pipeline.bank.encodings import Encoding, make_encoding
+from pipeline.bank.encoding import Encoding
+from pipeline.bank.encodings import make_encoding
 from pipeline.bank.objects import encode_object, object_crc32c, object_size
 
 ROWS, GRID = 256, (14, 14, 768)

@@ -223,7 +223,7 @@ def is_weights_file(weights: str) -> bool:
     )
 
 
-def _resolve_teacher(name: str, config: TeacherConfig, base: str) -> TeacherConfig:
+def _resolve_teacher(where: str, config: TeacherConfig, base: str) -> TeacherConfig:
     changes: dict[str, Any] = {}
     if config.weights is not None and is_weights_file(config.weights):
         changes["weights"] = resolve_path(config.weights, base)
@@ -231,8 +231,7 @@ def _resolve_teacher(name: str, config: TeacherConfig, base: str) -> TeacherConf
         file, colon, attribute = config.model_name.rpartition(":")
         if not colon:
             raise ManifestError(
-                f"teachers.{name}.model: must be module:FILE.py:CLASS, got "
-                f"{config.model!r}"
+                f"{where}.model: must be module:FILE.py:CLASS, got {config.model!r}"
             )
         changes["model"] = f"module:{resolve_path(file, base)}:{attribute}"
     return config.model_copy(update=changes)
@@ -258,7 +257,7 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
         update={"shards": [resolve_path(pattern, base) for pattern in patterns]}
     )
     teachers = {
-        name: _resolve_teacher(name, config, base)
+        name: _resolve_teacher(f"{path}: teachers.{name}", config, base)
         for name, config in job.teachers.items()
     }
     return job.model_copy(

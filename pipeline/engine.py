@@ -2,15 +2,15 @@
 
 A work item is read by its own thread and decoded by one pool; forward lanes run the
 teachers (one lane on an accelerator, one per core on a CPU, where a lane runs on one
-thread so that no core waits at another's barrier); one pool encodes and writes. Blocks of
-all items in flight share one memory budget. What a block is, is in ``block_work``.
+thread so that no core waits at another's barrier); one pool encodes and writes. Blocks
+of all items in flight share one memory budget. What a block is, is in ``block_work``.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -25,13 +25,13 @@ from manifests.job import EngineConfig, LimitsConfig
 from manifests.storage import Store
 from pipeline.bank.commits import write_commit
 from pipeline.bank.record import open_record
-from pipeline.block_work import BlockWork, LivePass, Stopwatch
+from pipeline.block_work import BlockWork, Stopwatch
 from pipeline.decoding import SampleSchema
 from pipeline.errors import PipelineError
-from pipeline.live import load_passes, pick_device
-from pipeline.inputs import view_policy_of
-from pipeline.memory import Budget, Buffers
 from pipeline.estimate import block_bytes, working_bytes
+from pipeline.inputs import view_policy_of
+from pipeline.live import LivePass, load_passes, pick_device
+from pipeline.memory import Budget, Buffers
 from pipeline.samples.errors import ShardError
 from pipeline.samples.shards import RowSpan, Sample, read_samples
 from pipeline.work_items import num_lanes, num_threads
@@ -111,6 +111,7 @@ class Engine:
         self.budget = Budget(max(config.memory - working, 1))
         self._buffers = Buffers(self.budget.total_bytes)
         self._users = 0
+        self._in_flight: set[_ItemWork] = set()
         self._lock = threading.Lock()
         self._forwards: queue.SimpleQueue[tuple[_ItemWork, BlockWork, str, int] | None]
         self._forwards = queue.SimpleQueue()
@@ -156,6 +157,10 @@ class Engine:
             self._users -= 1
             if self._users:
                 return
+            # None is left unless a runner gave up: its items would wait for lanes that
+            # have ended.
+            for work in list(self._in_flight):
+                work.abort(_stopped())
             for _ in self._lanes:
                 self._forwards.put(None)
             for lane in self._lanes:
@@ -166,12 +171,19 @@ class Engine:
     def submit(self, item: WorkItem) -> Future[WorkResult]:
         """Starts a work item and returns the future of its result.
 
-        The future raises what the machine did (storage, memory); what the data did is in
-        the result.
+        The future raises what the machine did (storage, memory); what the data did is
+        in the result.
         """
         work = _ItemWork(item)
+        self._in_flight.add(work)
         self._readers.submit(self._run_item, work)
         return work.future
+
+    def abandon(self, futures: Collection[Future[WorkResult]]) -> None:
+        """Gives items up that nobody waits for any more; what they committed stays."""
+        for work in list(self._in_flight):
+            if work.future in futures:
+                work.abort(_stopped())
 
     def _run_item(self, work: _ItemWork) -> None:
         try:
@@ -182,6 +194,7 @@ class Engine:
             result = self._commit_blocks(work)
         except BaseException as error:
             work.abort(error)
+        self._in_flight.discard(work)
         if work.error is not None:
             work.future.set_exception(work.error)
         else:
@@ -219,7 +232,7 @@ class Engine:
     def _open_block(self, work: _ItemWork, span: BlockSpan) -> BlockWork | None:
         size = block_bytes(self._record, work.item.passes)
         if not self.budget.acquire(size):
-            work.abort(PipelineError("the engine was stopped; run the same command again"))
+            work.abort(_stopped())
             return None
         block = BlockWork(
             item=work.item,
@@ -261,9 +274,9 @@ class Engine:
         too_many = rows >= SMALLEST_JUDGED_ITEM and invalid_rows > limit * rows
         if too_many and not work.stop.is_set():
             work.abort(
-                f"shard {work.item.shard}: more than {limit:.1%} of a work item of {rows} "
-                "samples is invalid (limits.max_invalid_fraction), none of it was "
-                "committed; look at a few of its samples, mend the shard or the job"
+                f"shard {work.item.shard}: more than {limit:.1%} of a work item of "
+                f"{rows} samples is invalid (limits.max_invalid_fraction), none of it "
+                "was committed; look at a few of its samples, mend the shard or the job"
             )
 
     def _forward_lane(self) -> None:
@@ -307,14 +320,18 @@ class Engine:
         )
 
 
-# A local run loads its teachers before it writes anything, so that weights that do not fit
-# leave no bank behind; the graph's workers in the same process then take them from here.
+# A local run loads its teachers before it writes anything, so that weights that do not
+# fit leave no bank behind; the graph's workers in this process then take them from here.
 _READY: dict[str, Engine] = {}
 
 
 def make_ready(run_id: str, engine: Engine) -> None:
     """Leaves an engine for the workers of a run in this process."""
     _READY[run_id] = engine
+
+
+def _stopped() -> PipelineError:
+    return PipelineError("the engine was stopped; run the same command again")
 
 
 def _row_span(item: WorkItem) -> RowSpan:

@@ -1,8 +1,8 @@
 """Finalise: from commits to row arrays, index, blocks.parquet, statistics and state.
 
 The last stage of the graph and a verb; idempotent, under the bank's lock, in row order
-and with memory independent of the bank. What is not committed is said to be missing, so a
-bank that is still growing reads as what it has.
+and with memory independent of the bank. What is not committed is said to be missing, so
+a bank that is still growing reads as what it has.
 """
 
 from __future__ import annotations
@@ -242,7 +242,7 @@ class _RowWriter:
 
 
 class _IndexWriter:
-    """Writes ``index/part-*.parquet``: a line per row, 2**20 rows of the axis a part."""
+    """Writes ``index/part-*.parquet``: a line per row, 2**20 rows of the axis each."""
 
     def __init__(self, store: Store, record: BankRecord) -> None:
         self._store = store
@@ -281,7 +281,8 @@ class _IndexWriter:
             "offset": range(count),
         }
         for name in self._record.labels:
-            columns[f"label.{name}"] = facts.columns.get(f"label.{name}") or [None] * count
+            found = facts.columns.get(f"label.{name}")
+            columns[f"label.{name}"] = found or [None] * count
         for name in self._passes:
             reasons = facts.reasons(name)
             columns[f"valid.{name}"] = [reason is None for reason in reasons]

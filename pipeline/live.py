@@ -16,7 +16,8 @@ from manifests.bank import BankRecord, PassEntry
 from manifests.job import TeacherConfig
 from manifests.loading import digest
 from pipeline.bank.arrays import ArraySpec
-from pipeline.bank.encodings import Encoding, encoding_from_json
+from pipeline.bank.encoding import Encoding
+from pipeline.bank.encodings import encoding_from_json
 from pipeline.errors import PipelineError
 from pipeline.resolve import parse_size, request_of
 from teachers import registry
@@ -96,7 +97,9 @@ class LivePass:
             for name, spec in specs.items()
         ]
 
-    def forward(self, size: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def forward(
+        self, size: str, arrays: Mapping[str, np.ndarray]
+    ) -> dict[str, np.ndarray]:
         """Runs the teacher on one batch.
 
         Args:
@@ -157,7 +160,12 @@ def _outputs(entry: PassEntry) -> tuple[StoredOutput, ...]:
         arrays = tuple(ArraySpec.from_json(data) for data in output.arrays)
         stored.append(
             StoredOutput(
-                output.size, output.name, encoding, arrays, output.shape, np.dtype(dtype)
+                output.size,
+                output.name,
+                encoding,
+                arrays,
+                output.shape,
+                np.dtype(dtype),
             )
         )
     return tuple(stored)
@@ -183,7 +191,8 @@ def load_passes(
         request = request_of(entry.teacher, config, entry.inputs, record.inputs)
         weights = WeightsRecord(**entry.provenance["weights"])
         anonymous = [
-            {**vars(one), "name": str(number)} for number, one in enumerate(request.group)
+            {**vars(one), "name": str(number)}
+            for number, one in enumerate(request.group)
         ]
         key = digest([entry.request, entry.provenance["weights"], anonymous])
         if key not in loaded:
@@ -198,7 +207,8 @@ def load_passes(
         for size in sizes:
             given = teacher.inputs(parse_size(size))
             specs[size] = {
-                ours: given[name] for ours, name in zip(entry.inputs, theirs, strict=True)
+                ours: given[name]
+                for ours, name in zip(entry.inputs, theirs, strict=True)
             }
         passes[name] = LivePass(entry, teacher, _outputs(entry), specs, device)
     return passes

@@ -152,7 +152,9 @@ def prepare(
     )
 
 
-def _rows_lookup(store: Store, plan: Plan) -> Callable[[ShardEntry], Sequence[ShardRow]]:
+def _rows_lookup(
+    store: Store, plan: Plan
+) -> Callable[[ShardEntry], Sequence[ShardRow]]:
     """Returns rows of a shard: from the plan where they are new, else from the bank."""
     fresh = {shard.record.name: shard.rows for shard in plan.changes.new}
     parts: dict[str, dict[str, tuple[ShardRow, ...]]] = {}
@@ -320,7 +322,8 @@ def _draw_progress(
                 continue
             started = time.monotonic()
             done = sum(
-                len(list_commits(store, name) & blocks) for name, blocks in wanted.items()
+                len(list_commits(store, name) & blocks)
+                for name, blocks in wanted.items()
             )
             bar.update(done - bar.n)
             # Listings of a remote store are billed and slow; ask seldom where they are.

@@ -1,18 +1,17 @@
 """The Beam job: a composite transform from the work items of a run to a finished bank.
 
 Owns the graph and its counters, nothing else: what a work item does is in ``engine``,
-what the end does is in ``finalise``. The graph holds the bank's URL and a run's name; work
-items are read inside it. Only work items and results, a few hundred bytes each, cross a
-shuffle; a feature never does.
+what the end does is in ``finalise``. The graph holds the bank's URL and a run's name;
+work items are read inside it. Only work items and results, a few hundred bytes each,
+cross a shuffle; a feature never does.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import apache_beam as beam
@@ -44,7 +43,8 @@ class ReadWorkItems(beam.DoFn):  # type: ignore[misc]
         text = gzip.decompress(Store(self._bank_url).read(items_path(run_id)))
         lines = text.decode().splitlines()
         yield from sorted(
-            lines, key=lambda line: -sum(b["num_rows"] for b in json.loads(line)["blocks"])
+            lines,
+            key=lambda line: -sum(b["num_rows"] for b in json.loads(line)["blocks"]),
         )
 
 
@@ -73,31 +73,42 @@ class RunWorkItems(beam.DoFn):  # type: ignore[misc]
 
     def start_bundle(self) -> None:
         """Begins with nothing in flight."""
-        self._pending: deque[Future[WorkResult]] = deque()
+        self._pending: set[Future[WorkResult]] = set()
 
     def process(self, text: str) -> Iterator[str]:
         """Starts one item; yields results of those that are done."""
         item = WorkItem.model_validate_json(text)
-        self._pending.append(self._engine.submit(item))
+        self._pending.add(self._engine.submit(item))
         while len(self._pending) >= ITEMS_IN_FLIGHT:
-            yield self._finish(self._pending.popleft())
+            yield from self._finish_some()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         """Yields the results that are still out."""
+        end = GlobalWindow().max_timestamp()
         while self._pending:
-            text = self._finish(self._pending.popleft())
-            end = GlobalWindow().max_timestamp()
-            yield WindowedValue(text, end, [GlobalWindow()])
+            for text in self._finish_some():
+                yield WindowedValue(text, end, [GlobalWindow()])
 
     def teardown(self) -> None:
         """Ends the engine's threads with its last user."""
         self._engine.release()
 
+    def _finish_some(self) -> Iterator[str]:
+        """Waits for whichever item is done first; yields its result."""
+        done, self._pending = wait(self._pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield self._finish(future)
+
     def _finish(self, future: Future[WorkResult]) -> str:
-        result = future.result()
-        _count(result)
-        if self._fail_fast and result.failures:
-            raise PipelineError(f"{result.failures[0]} (--fail-fast)")
+        try:
+            result = future.result()
+            _count(result)
+            if self._fail_fast and result.failures:
+                raise PipelineError(f"{result.failures[0]} (--fail-fast)")
+        except BaseException:
+            # This bundle is over; its other items must not hold up the end.
+            self._engine.abandon(self._pending)
+            raise
         return result.model_dump_json()
 
 
@@ -179,7 +190,9 @@ class Precompute(beam.PTransform):  # type: ignore[misc]
             >> beam.ParDo(ReadWorkItems(self._bank_url)).with_output_types(str)
             | "Spread" >> beam.Reshuffle()
             | "RunWorkItems"
-            >> beam.ParDo(RunWorkItems(self._bank_url, self._run_id)).with_output_types(str)
+            >> beam.ParDo(RunWorkItems(self._bank_url, self._run_id)).with_output_types(
+                str
+            )
             | "SumResults" >> beam.CombineGlobally(SumResults()).with_output_types(str)
             | "Finalise"
             >> beam.ParDo(Finalise(self._bank_url, self._run_id)).with_output_types(str)
@@ -190,5 +203,3 @@ def query_counters(result: Any) -> dict[str, int]:
     """Returns the counters of a finished pipeline by name."""
     metrics = result.metrics().query()
     return {one.key.metric.name: one.result for one in metrics["counters"]}
-
-

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from manifests.errors import BankError
 from manifests.storage import Store, explain
 from pipeline.bank.arrays import ArraySpec, object_name
-from pipeline.bank.encodings import Encoding
+from pipeline.bank.encoding import Encoding
 from pipeline.bank.objects import ScatteredObject, decode_object
 
 Expected = Callable[[int, int], tuple[int, int] | None]

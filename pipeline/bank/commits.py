@@ -1,4 +1,4 @@
-"""Commits: the small records that make blocks exist, and ``blocks.parquet`` from them."""
+"""Commits, the small records that make blocks exist, and ``blocks.parquet``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def commit_path(pass_id: str, block: int) -> str:
 
 
 def write_commit(store: Store, commit: Commit) -> bool:
-    """Writes a commit create-only; returns False where the block was committed already."""
+    """Writes a commit create-only; returns False where there was one already."""
     content = commit.content
     text = json.dumps(commit.model_dump(mode="json"), separators=(",", ":"))
     return store.create(commit_path(content.pass_id, content.block), text.encode())
@@ -66,8 +66,9 @@ def read_commits(
         content = load_json(Commit, store.read(path), store.url_of(path)).content
         if (content.pass_id, content.block) != (pass_id, block):
             raise BankError(
-                f"{store.url_of(path)} speaks of {content.pass_id} block {content.block}; "
-                "it was moved or edited, restore it or run `precompute --repair`"
+                f"{store.url_of(path)} speaks of {content.pass_id} block "
+                f"{content.block}; it was moved or edited, restore it or run "
+                "`precompute --repair`"
             )
         return content
 
@@ -101,8 +102,8 @@ def read_blocks(store: Store) -> pa.Table:
     data = store.read_or_none(BLOCKS_PATH)
     if data is None:
         raise BankError(
-            f"bank {store.url} has no {BLOCKS_PATH}: it was never finalised; run the same "
-            "`teachonce precompute` again to finish it"
+            f"bank {store.url} has no {BLOCKS_PATH}: it was never finalised, or it is "
+            "lost; run the same `teachonce precompute` again, or `teachonce finalise BANK`"
         )
     hint = (
         "run the same `teachonce precompute` again with --repair, it is made anew from "

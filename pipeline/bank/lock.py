@@ -1,9 +1,9 @@
 """The bank's lock: one writer of metadata at a time.
 
 Held for seconds while arrays are made, grown, finalised or repaired; never while
-teachers run. Created create-only, kept alive by a heartbeat. A lock whose process died on
-this machine is taken over at once; one from elsewhere is waited for, and broken only by
-``--break-lock``.
+teachers run. Created create-only, kept alive by a heartbeat. A lock whose process died
+on this machine is taken over at once; one from elsewhere is waited for, and broken only
+by ``--break-lock``.
 """
 
 from __future__ import annotations
@@ -88,7 +88,11 @@ def break_lock(store: Store) -> None:
 
 
 def clear_dead_lock(store: Store) -> bool:
-    """Removes the lock of a process that died on this machine; returns whether it did."""
+    """Removes the lock of a process that died on this machine, if there is one.
+
+    Returns:
+        Whether it did.
+    """
     holder = read_lock(store)
     if holder is None or not _died_here(holder):
         return False
@@ -108,8 +112,8 @@ def clear_dead_lock(store: Store) -> bool:
 def _describe(owner: dict[str, Any]) -> str:
     age = time.time() - float(owner.get("heartbeat", 0) or 0)
     return (
-        f"{owner.get('purpose', 'an unknown run')} of process {owner.get('pid', '?')} on "
-        f"{owner.get('host', '?')}, last heard of {age:.0f} s ago"
+        f"{owner.get('purpose', 'an unknown run')} of process {owner.get('pid', '?')} "
+        f"on {owner.get('host', '?')}, last heard of {age:.0f} s ago"
     )
 
 
@@ -140,7 +144,9 @@ def bank_lock(store: Store, purpose: str, wait_s: float = 60.0) -> Iterator[None
                 if stale
                 else "wait for it to end and run the same command again"
             )
-            raise BankError(f"bank {store.url} is locked by {_describe(holder)}; {hint}")
+            raise BankError(
+                f"bank {store.url} is locked by {_describe(holder)}; {hint}"
+            )
         time.sleep(0.2)
     stop = threading.Event()
 

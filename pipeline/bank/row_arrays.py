@@ -1,7 +1,8 @@
-"""Row arrays: what finalise writes per row (keys, validity, views, labels, calibration).
+"""Row arrays: what finalise writes per row: keys, validity, views, labels, calibration.
 
-Chunked by 65,536 rows whatever the block size, one object per chunk (and view). zarr-python
-makes both the metadata and the objects; they are replaced whole, under the bank's lock.
+Chunked by 65,536 rows whatever the block size, one object per chunk (and view).
+zarr-python makes both the metadata and the objects; they are replaced whole, under the
+bank's lock.
 """
 
 from __future__ import annotations
@@ -41,8 +42,12 @@ class RowArray:
     has_view: bool = False
     attributes: dict[str, Any] = field(default_factory=dict, hash=False)
 
-    def _make(self, store: MemoryStore, num_rows: int, num_views: int) -> zarr.Array[Any]:
-        views, chunk, names = ((num_views,), (1,), ("view",)) if self.has_view else ((),) * 3
+    def _make(
+        self, store: MemoryStore, num_rows: int, num_views: int
+    ) -> zarr.Array[Any]:
+        views, chunk, names = (
+            ((num_views,), (1,), ("view",)) if self.has_view else ((),) * 3
+        )
         return zarr.create_array(
             store,
             shape=(num_rows, *views, *self.row_shape),
@@ -62,7 +67,9 @@ class RowArray:
         """Returns the array's ``zarr.json``."""
         written: dict[str, Any] = {}
         self._make(MemoryStore(written), num_rows, num_views)
-        return json.dumps(json.loads(written["zarr.json"].to_bytes()), indent=2).encode()
+        return json.dumps(
+            json.loads(written["zarr.json"].to_bytes()), indent=2
+        ).encode()
 
     def empty(self, num_rows: int, num_views: int) -> np.ndarray:
         """Returns (num_rows[, num_views], *row_shape) full of the fill value."""
@@ -76,10 +83,10 @@ class RowArray:
         chunks = range(-(-num_rows // CHUNK_ROWS))
         views = range(num_views) if self.has_view else (None,)
         rest = [0] * len(self.row_shape)
+        parts = ((chunk, view, *rest) for chunk in chunks for view in views)
         return [
-            ".".join(str(x) for x in (f"{self.path}/c", chunk, view, *rest) if x is not None)
-            for chunk in chunks
-            for view in views
+            ".".join([f"{self.path}/c", *(str(x) for x in one if x is not None)])
+            for one in parts
         ]
 
     def objects(self, chunk: int, values: np.ndarray) -> dict[str, bytes]:

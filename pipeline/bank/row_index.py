@@ -1,4 +1,4 @@
-"""``index/``: a Parquet line per row, in parts; and Parquet bytes that check themselves.
+"""``index/``: a Parquet line per row, in parts; and Parquet that checks itself.
 
 What finalise writes into it is its own business; this owns where parts lie and how they
 are read, so that a damaged or missing one is refused.

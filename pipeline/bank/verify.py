@@ -150,7 +150,8 @@ def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport
 
 def _fail(report: VerifyReport, content: CommitContent, path: str, why: str) -> None:
     report.problems.append(
-        f"pass {content.pass_id} block {content.block} (shard {content.shard}): {path} {why}"
+        f"pass {content.pass_id} block {content.block} (shard {content.shard}): "
+        f"{path} {why}"
     )
     if path not in report.damaged_objects:
         report.damaged_objects.append(path)
@@ -197,7 +198,8 @@ def _check_contents(
             try:
                 data = store.read(path)
                 if object_crc32c([data]) != crc:
-                    found.append((content, path, "has another crc32c than its commit says"))
+                    why = "has another crc32c than its commit says"
+                    found.append((content, path, why))
                 elif not entry.outputs:
                     decode_rows(data, path)
             except TeachOnceError as error:
@@ -280,8 +282,8 @@ def _check_table(
     for key in sorted(set(told) & set(lines)):
         if told[key] != lines[key]:
             report.problems.append(
-                f"pass {key[0]} block {key[1]}: blocks.parquet and commit disagree; run "
-                "precompute again"
+                f"pass {key[0]} block {key[1]}: blocks.parquet and commit disagree; "
+                "run `teachonce finalise BANK`"
             )
 
 

@@ -114,4 +114,4 @@ def _has_own_crc(data: bytes) -> bool:
     if len(data) < _CRC_BYTES:
         return False
     told = int.from_bytes(data[-_CRC_BYTES:], "little")
-    return crc32c(data[:-_CRC_BYTES]) == told
+    return bool(crc32c(data[:-_CRC_BYTES]) == told)

@@ -8,7 +8,8 @@ import pytest
 
 from manifests.errors import BankError
 from manifests.job import OutputConfig
-from pipeline.bank.encodings import ENCODINGS, encoding_from_json, make_encoding
+from pipeline.bank.encoding import ENCODINGS
+from pipeline.bank.encodings import encoding_from_json, make_encoding
 from pipeline.bank.objects import decode_object, encode_object
 
 SHAPES = {"vector": (13,), "grid": (2, 3, 13)}

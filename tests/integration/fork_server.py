@@ -1,8 +1,8 @@
 """A process that has imported everything and runs the command line in forked children.
 
 Each child is a real process that really dies, without three seconds of imports each. A
-child can be made to end itself, or to be held, at a chosen write to the bank: writes are
-counted where they become visible, at ``os.link``, ``os.replace`` and ``os.unlink``.
+child can be made to end itself at a chosen write to the bank: writes are counted where
+they become visible, at ``os.link``, ``os.replace`` and ``os.unlink``.
 
 Speaks one line of JSON each way; run as a script by ``ForkServer``.
 """
@@ -38,13 +38,13 @@ class ForkServer:
 
         Args:
             commands: lists of arguments of ``teachonce``.
-            kill: where the process kills itself: ``{"write": n}`` for the n-th write, or
-                ``{"match": regex, "nth": k}``; with ``"when": "before"`` or ``"after"``.
+            kill: where the process kills itself: ``{"write": n}`` for the n-th write,
+                or ``{"match": regex, "nth": k}``; with ``"when"`` before or after it.
             log: file that gets a line per write.
             timeout: seconds after which a child is killed; it then has code None.
 
         Returns:
-            A dict with code, output and seconds for each; only one dict for one command.
+            A dict with code, output and seconds for each; one dict for one command.
         """
         request = {
             "commands": [[str(part) for part in one] for one in commands],
@@ -169,7 +169,7 @@ def _serve():
     import teachonce.cli
     import teachonce.verbs.precompute
 
-    assert apache_beam and pipeline.engine and teachonce.cli
+    assert apache_beam.__name__ in sys.modules
     # Shapes come from the meta device, whose first use imports another 2 s of torch.
     torch.relu(torch.empty(2, device="meta"))
     with tempfile.TemporaryDirectory() as folder:

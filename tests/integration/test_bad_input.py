@@ -6,7 +6,6 @@ import errno
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -74,7 +73,9 @@ def test_braces_that_do_not_close(refused, make_job):
 def test_a_shard_named_twice(refused, make_job, make_shards):
     make_shards([3])
     shards = ["./data/*.tar", "./data/train-00000.tar"]
-    matches(refused(make_job(dataset={"shards": shards})), "train-00000.tar is named twice")
+    matches(
+        refused(make_job(dataset={"shards": shards})), "train-00000.tar is named twice"
+    )
 
 
 def test_shards_without_any_sample(refused, make_job, tmp_path):
@@ -85,7 +86,9 @@ def test_shards_without_any_sample(refused, make_job, tmp_path):
 
 def test_no_job(refused, tmp_path):
     line = refused(tmp_path / "nojob.yaml")
-    matches(line, "cannot read the job", "nojob.yaml", "nothing is there; check the path")
+    matches(
+        line, "cannot read the job", "nojob.yaml", "nothing is there; check the path"
+    )
     matches(refused(tmp_path), "it is a folder, a file is needed")
 
 
@@ -115,13 +118,17 @@ def test_an_unknown_output(refused, make_job, make_shards):
     line = refused(make_job(**net(model="timm:test_vit", sizes=None, outputs=outputs)))
     matches(line, r"teachers.net.outputs.ptach must be one of")
     line = refused(make_job(**net(outputs={"patch": {"from": "bdy"}})))
-    matches(line, "from must be `output` or a submodule, got 'bdy'", "did you mean body")
+    matches(
+        line, "from must be `output` or a submodule, got 'bdy'", "did you mean body"
+    )
 
 
 def test_weights_that_are_missing(refused, make_job, make_shards, tmp_path):
     make_shards([3])
     line = refused(make_job(**net(weights="./net.pt")))
-    matches(line, r"teachers.net.weights must be a file", f"{tmp_path}/net.pt", "nothing is")
+    matches(
+        line, r"teachers.net.weights must be a file", f"{tmp_path}/net.pt", "nothing is"
+    )
     # A bare name with the suffix of weights lies beside the YAML as well.
     matches(refused(make_job(**net(weights="net.pt"))), f"{tmp_path}/net.pt")
 
@@ -140,14 +147,20 @@ def test_weights_that_would_run_code(refused, make_job, make_shards, tmp_path):
     matches(line, "hold nothing but tensors", "run code", "net.pt")
 
 
-def test_a_module_file_that_is_missing_or_raises(refused, make_job, make_shards, tmp_path):
+def test_a_module_file_that_is_missing_or_raises(
+    refused, make_job, make_shards, tmp_path
+):
     make_shards([3])
     line = refused(make_job(**net(model="module:./nothere.py:Net")))
     matches(line, f"{tmp_path}/nothere.py", "nothing is there")
     (tmp_path / "bad.py").write_text("x = 1\nraise ValueError('first\\nsecond')\n")
     line = refused(make_job(**net(model="module:./bad.py:Net")))
-    matches(line, "teachers.net.model: .*bad.py must load", "ValueError at line 2: first")
-    matches(refused(make_job(**net(model="module:./nets.py"))), "must be module:FILE.py:CL")
+    matches(
+        line, "teachers.net.model: .*bad.py must load", "ValueError at line 2: first"
+    )
+    matches(
+        refused(make_job(**net(model="module:./nets.py"))), "must be module:FILE.py:CL"
+    )
     line = refused(make_job(**net(model="module:./nets.py:Nett")))
     matches(line, "got 'Nett'", "did you mean Net")
     matches(refused(make_job(**net(args={"wdth": 3}))), "wdth")
@@ -206,7 +219,9 @@ def test_a_newer_or_broken_bank(refused, make_job, make_shards, tmp_path):
     path.write_text(json.dumps({**json.loads(whole), "schema_version": 99}))
     for verb, what in (("info", tmp_path / "bank"), ("precompute", job), ("plan", job)):
         line = refused(what, verb=verb)
-        matches(line, "schema version 99, this TeachOnce reads up to 1", "install a newer")
+        matches(
+            line, "schema version 99, this TeachOnce reads up to 1", "install a newer"
+        )
     path.write_text(whole[: len(whole) // 2])
     matches(refused(tmp_path / "bank", verb="info"), "is not a bank record", "restore")
     path.write_text(json.dumps({**json.loads(whole), "block_rows": "x"}))
@@ -224,7 +239,9 @@ def test_no_space(refused, make_job, make_shards, monkeypatch):
 def test_more_bytes_than_the_job_allows(refused, make_job, make_shards):
     make_shards([3])
     line = refused(make_job(limits={"max_bytes": "1 kB"}))
-    matches(line, r"limits.max_bytes is 1,000, the job may write 3,\d\d\d", "drop outputs")
+    matches(
+        line, r"limits.max_bytes is 1,000, the job may write 3,\d\d\d", "drop outputs"
+    )
 
 
 def test_a_bank_that_cannot_be_written(
@@ -241,12 +258,16 @@ def test_a_bank_that_cannot_be_written(
 
     monkeypatch.setattr(Store, "_create_local", forbidden)
     line = refused(make_job())
-    matches(line, f"cannot write {tmp_path}/bank/lock.json: permission denied; check who")
+    matches(
+        line, f"cannot write {tmp_path}/bank/lock.json: permission denied; check who"
+    )
 
 
 def test_a_scheme_that_nothing_reads(refused, make_job, make_shards):
     make_shards([3])
-    matches(refused(make_job(), "bank=nosuch://bucket/bank"), "cannot open nosuch://bucket")
+    matches(
+        refused(make_job(), "bank=nosuch://bucket/bank"), "cannot open nosuch://bucket"
+    )
 
 
 def test_a_device_that_is_not_there(refused, make_job, make_shards):
@@ -261,8 +282,14 @@ def test_a_device_that_is_not_there(refused, make_job, make_shards):
     ("option", "message"),
     [
         ("--runner=NoRunner", "runner 'NoRunner' cannot be had .*Valid values are"),
-        ("--direct_num_workers=two", "argument --direct_num_workers: invalid int value"),
-        ("--direct_num_worker=2", "no --direct_num_worker=2; did you mean --direct_num_wo"),
+        (
+            "--direct_num_workers=two",
+            "argument --direct_num_workers: invalid int value",
+        ),
+        (
+            "--direct_num_worker=2",
+            "no --direct_num_worker=2; did you mean --direct_num_wo",
+        ),
         ("stray", "Beam has no stray"),
     ],
 )

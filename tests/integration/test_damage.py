@@ -1,5 +1,7 @@
-"""Damage of every kind to every kind of file: named by verify, refused by readers, mended
-by ``--repair``, and the bank is what it was.
+"""Damage of every kind to every kind of file.
+
+It is named by verify, refused by readers and mended by ``--repair``; afterwards the bank
+is what it was.
 """
 
 from __future__ import annotations
@@ -61,9 +63,7 @@ def check(capsys, bank, *options):
 
 
 def repair(forked, full, bank):
-    done = forked.run(
-        ["precompute", full.path, f"bank={bank}", "--quiet", "--repair"]
-    )
+    done = forked.run(["precompute", full.path, f"bank={bank}", "--quiet", "--repair"])
     assert done["code"] == 0, done["output"]
     assert bank_identity(bank) == full.identity
     assert main(["verify", str(bank), "--full"]) == 0
@@ -72,7 +72,7 @@ def repair(forked, full, bank):
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_features(forked, full, tmp_path, capsys, damage):
-    """Two objects of different passes and blocks, and nothing else is computed again."""
+    """Two objects of two passes and blocks, and nothing else is computed again."""
     bank = copy_of(full, tmp_path)
     kept = (bank / "commits/net.image/00000000.json").read_bytes()
     damage(bank / PATCH)
@@ -133,7 +133,8 @@ def test_damaged_commits(forked, full, tmp_path, capsys, damage):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [('"block":1', '"block":2'), ('"fingerprint":"', '"fingerprint":"0')]
+    ("old", "new"),
+    [('"block":1', '"block":2'), ('"fingerprint":"', '"fingerprint":"0')],
 )
 def test_edited_commits(forked, full, tmp_path, capsys, old, new):
     bank = copy_of(full, tmp_path)

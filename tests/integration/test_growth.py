@@ -31,7 +31,7 @@ def run(path: Path, *overrides: str) -> Outcome:
 
 
 def frozen_files(bank: Path) -> dict[str, tuple[bytes, int]]:
-    """Feature objects, row facts and whole commit files (timing too), and their times."""
+    """Feature objects, row facts, commits (timing too) and index, and their times."""
     found = [*bank.glob("features.zarr/*/*/*/*/c.*"), *bank.glob("rows/*/*")]
     found += [*bank.glob("commits/*/*.json"), *bank.glob("dataset/*")]
     return {
@@ -73,13 +73,16 @@ def with_net(**changes: object) -> dict[str, object]:
 
 def test_a_second_teacher(bank, make_job):
     before = frozen_files(bank)
-    outcome = run(make_job(teachers=with_net() | {"other": {**NET, "weights": "random:7"}}))
+    outcome = run(
+        make_job(teachers=with_net() | {"other": {**NET, "weights": "random:7"}})
+    )
     assert outcome.is_whole
     new = check_grown(bank, before)
     assert passes_of(new) == {"other.image"}
     assert sum(path.startswith("commits/") for path in new) == 3
-    ours, theirs = values(bank, "net/image/16x16/logits"), values(
-        bank, "other/image/16x16/logits"
+    ours, theirs = (
+        values(bank, "net/image/16x16/logits"),
+        values(bank, "other/image/16x16/logits"),
     )
     assert np.isfinite(ours).all()
     assert np.isfinite(theirs).all()
@@ -133,7 +136,9 @@ def test_random_views(bank, make_job, tmp_path):
     assert run(make_job(views=views)).is_whole
     new = check_grown(bank, before)
     assert passes_of(new) == {"net.image.2"}
-    assert all(path.split("/")[-1].split(".")[2] in "12" for path in new if "/c." in path)
+    assert all(
+        path.split("/")[-1].split(".")[2] in "12" for path in new if "/c." in path
+    )
     fresh = tmp_path / "fresh"
     run(make_job(views=views), f"bank={fresh}")
     for view in range(3):
@@ -224,9 +229,18 @@ def test_an_input_added_to_random_views_keeps_how_they_are_drawn(
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"teachers": with_net(weights="random:2")}, r"weights: .*'seed': 1.*'seed': 2"),
-        ({"teachers": with_net(args={"width": 4})}, r"args: \{\} in the bank.*'width': 4"),
-        ({"teachers": with_net(precision="bfloat16")}, "precision: 'float32' in the bank"),
+        (
+            {"teachers": with_net(weights="random:2")},
+            r"weights: .*'seed': 1.*'seed': 2",
+        ),
+        (
+            {"teachers": with_net(args={"width": 4})},
+            r"args: \{\} in the bank.*'width': 4",
+        ),
+        (
+            {"teachers": with_net(precision="bfloat16")},
+            "precision: 'float32' in the bank",
+        ),
         (
             {"teachers": with_net(preprocess={"channels": "bgr"})},
             "stored differently.*preprocess.*'rgb'.*'bgr'",
@@ -281,7 +295,9 @@ def test_another_datasets_job_is_refused(bank, make_job, make_shards, tmp_path):
     (tmp_path / "data").rename(tmp_path / "foreign")
     (tmp_path / "kept").rename(tmp_path / "data")
     shards = {"dataset": {"shards": "./foreign/*.tar"}}
-    with pytest.raises(BankError, match=r"is another job's: it was made from shards train"):
+    with pytest.raises(
+        BankError, match=r"is another job's: it was made from shards train"
+    ):
         run(make_job("foreign.yaml", **shards))
     # Also where the shards are called the same.
     for number in (0, 1):

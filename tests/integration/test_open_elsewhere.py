@@ -155,10 +155,7 @@ def test_zarr(folder, bank):
     assert keys[:11].tolist() == [f"s0-{row}" for row in range(11)]
     assert keys[11:16].tolist() == [""] * 5
     assert keys[16:21].tolist() == [f"s1-{row}" for row in range(5)]
-    assert valid.tolist() == [*[True] * 5, False, *[True] * 5, *[False] * 5] + [
-        *[True] * 5,
-        *[False] * 3,
-    ]
+    assert np.flatnonzero(valid).tolist() == [*range(5), *range(6, 11), *range(16, 21)]
     assert root["points/lidar/native/valid"][16:21].tolist() == [1, 1, 0, 1, 1]
     # One block on its own: one object of the store.
     np.testing.assert_array_equal(
@@ -179,7 +176,10 @@ def test_every_array_reads_the_same_with_zarr_xarray_and_tensorstore(
         expected = ours(bank, path, suffix)
         spec = {
             "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": f"{folder}/features.zarr/{path}{suffix}"},
+            "kvstore": {
+                "driver": "file",
+                "path": f"{folder}/features.zarr/{path}{suffix}",
+            },
         }
         store = tensorstore.open(spec, open=True, read=True).result()
         np.testing.assert_array_equal(store.read().result(), expected)
@@ -218,13 +218,17 @@ def test_xarray_one_group(folder, bank):
     )
     pooled = level["pooled"].isel(view=0).values
 
-    np.testing.assert_array_equal(pooled, ours(bank, "points/lidar/native/pooled")[:, 0])
+    np.testing.assert_array_equal(
+        pooled, ours(bank, "points/lidar/native/pooled")[:, 0]
+    )
     assert level["pooled"].dims == ("sample", "view", "pooled_channel")
 
 
 @pytest.mark.parametrize("name", ["patch", "logits"])
 def test_bfloat16_in_two_lines_of_numpy(folder, bank, name):
-    array = zarr.open_array(f"{folder}/features.zarr/brain/image/16x16/{name}", mode="r")
+    array = zarr.open_array(
+        f"{folder}/features.zarr/brain/image/16x16/{name}", mode="r"
+    )
     bits = array[:].astype(np.uint32) << 16
     features = bits.view(np.float32)
 
@@ -238,7 +242,9 @@ def test_bfloat16_in_two_lines_of_numpy(folder, bank, name):
 
 def test_topk_from_its_attributes(folder, bank):
     group = zarr.open_group(f"{folder}/features.zarr/net/image/16x16", mode="r")
-    index, value, rest = (group[f"logits_{what}"] for what in ("index", "value", "rest"))
+    index, value, rest = (
+        group[f"logits_{what}"] for what in ("index", "value", "rest")
+    )
     assert rest.attrs["temperatures"] == [1.0, 2.0]
     full = ours(bank, "net/image/16x16/logits")
     rows = group["valid"][:]
@@ -324,6 +330,13 @@ def test_statistics_are_those_of_all_valid_rows(folder, bank, path):
     stats = level["stats"]
     rows = ours(bank, path)[:, 0][level["valid"][:]].astype(np.float64)
     vectors = rows.reshape(-1, rows.shape[-1])
+    cells = rows[0].size // rows.shape[-1]
+    if cells > 64:
+        # Of larger grids 64 cells a row are looked at, which ones hangs on the row.
+        assert stats[f"{name}_count"][()] == len(rows) * 64
+        spread = 6 * vectors.std(0) / 8
+        assert (abs(stats[f"{name}_mean"][:] - vectors.mean(0)) < spread).all()
+        return
     assert stats[f"{name}_count"][()] == len(vectors)
     close = {"rtol": 1e-9, "atol": 1e-12}
     np.testing.assert_allclose(stats[f"{name}_mean"][:], vectors.mean(0), **close)

@@ -1,11 +1,13 @@
-"""A run that is killed, anywhere: the same command makes the identical bank, and computes
-no committed block again.
+"""A run that is killed anywhere: the same command makes the identical bank.
+
+No committed block is computed again.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,9 +47,9 @@ def commit_files(bank):
     }
 
 
-def check_resumed(bank, full, before, done):
+def check_resumed(bank, identity, before, done):
     assert done["code"] == 0, done["output"]
-    assert bank_identity(bank) == full.identity
+    assert bank_identity(bank) == identity
     after = commit_files(bank)
     assert {path: after[path] for path in before} == before
     assert not (bank / "lock.json").exists()
@@ -61,8 +63,7 @@ def kill_and_resume(forked, full, bank, kill):
     killed = forked.run(command, kill=kill)
     assert killed["code"] == -signal.SIGKILL, (kill, killed["output"])
     before = commit_files(bank)
-    check_resumed(bank, full, before, forked.run(command))
-    return before
+    check_resumed(bank, full.identity, before, forked.run(command))
 
 
 @pytest.mark.parametrize("point", range(NUM_SPREAD))
@@ -80,15 +81,19 @@ def test_killed_at_a_delicate_write_it_goes_on(forked, full, tmp_path, name):
 
 
 def test_killed_again_and_again_it_ends(forked, full, tmp_path):
+    """Each attempt gets one commit further at least."""
     bank = tmp_path / "bank"
     command = ["precompute", full.path, f"bank={bank}", "--quiet"]
-    for number in range(1, 4):
-        kill = {"match": r"commits/net", "nth": 0, "when": "after"}
-        killed = forked.run(command, kill=kill)
-        assert killed["code"] == -signal.SIGKILL
-        assert len(list(bank.glob("commits/net.image/*.json"))) == number
+    kill = {"match": r"commits/points", "nth": 0, "when": "after"}
+    counts = [0]
+    while forked.run(command, kill=kill)["code"] == -signal.SIGKILL:
+        counts.append(len(list(bank.glob("commits/points.lidar/*.json"))))
+        assert counts[-1] > counts[-2]
+    assert 2 <= len(counts) <= 4
     before = commit_files(bank)
-    check_resumed(bank, full, before, forked.run(command))
+    assert len(before) == 9
+    assert bank_identity(bank) == full.identity
+    assert forked.run(command)["output"].startswith("nothing to do")
 
 
 def test_ctrl_c_ends_at_once_and_it_goes_on(full, forked, tmp_path):
@@ -157,3 +162,30 @@ def test_what_killed_writers_leave_is_swept(forked, full, tmp_path):
     assert forked.run(command)["code"] == 0
     assert list((bank / ".tmp").iterdir()) == [young]
     assert bank_identity(bank) == full.identity
+
+
+def test_a_growing_bank_that_is_killed_is_finalised(forked, full, tmp_path):
+    """Killed when the new shards are all computed, but in no index yet."""
+    job = tmp_path / "job.yaml"
+    data = full.path.parent / "data"
+    for name in ("nets.py", "job.yaml"):
+        text = (full.path.parent / name).read_text()
+        (tmp_path / name).write_text(text.replace("./data", "./shards"))
+    (tmp_path / "shards").mkdir()
+    for path in sorted(data.glob("*.tar")):
+        shutil.copy2(path, tmp_path / "shards" / path.name)
+        if path.name == "train-00000.tar":
+            assert forked.run(["precompute", job, "--quiet"])["code"] == 0
+    bank = tmp_path / "bank"
+    kill = {"match": r"lock\.json$", "nth": 2, "when": "after"}
+    killed = forked.run(["precompute", job, "--quiet"], kill=kill)
+    assert killed["code"] == -signal.SIGKILL
+    before = commit_files(bank)
+    assert len(before) == 9
+    done = forked.run(["precompute", job, "--quiet"])
+    # The path of the job's file of teachers is in the bank: compare within the folder.
+    fresh = tmp_path / "fresh"
+    command = ["precompute", job, f"bank={fresh}", "--quiet"]
+    assert forked.run(command)["code"] == 0
+    check_resumed(bank, bank_identity(fresh), before, done)
+    assert forked.run(["precompute", job, "--quiet"])["output"].startswith("nothing")

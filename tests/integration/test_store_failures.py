@@ -170,9 +170,7 @@ def memory_bank():
 
 def memory_files(fs, url):
     root = "/" + url.split("://")[1]
-    return {
-        path[len(root) + 1 :]: fs.cat_file(path) for path in sorted(fs.find(root))
-    }
+    return {path[len(root) + 1 :]: fs.cat_file(path) for path in sorted(fs.find(root))}
 
 
 def test_a_store_that_is_not_a_disk(full, memory_bank, tmp_path):
@@ -218,3 +216,61 @@ def test_nothing_is_overwritten_on_a_store_that_is_not_a_disk(full, memory_bank)
         is_data = re.search(r"/(net|points)/[a-z]+/[^/]+/[a-z]+/c\.|/commits/", path)
         if is_data and "/stats/" not in path and "/valid/" not in path:
             assert mode == "create", path
+
+
+SLOW = """
+
+import time
+
+
+class Slow(Net):
+    def forward(self, x):
+        if x.device.type == "cpu":
+            time.sleep(0.4)
+        return super().forward(x)
+"""
+
+
+@pytest.mark.parametrize("is_shard", [True, False])
+def test_a_failure_does_not_wait_for_the_rest(
+    forked, make_shards, make_job, tmp_path, is_shard
+):
+    """Neither with --fail-fast nor when the store fails: the others are given up."""
+    shards = make_shards([8, 160])
+    net = {
+        "model": "module:./nets.py:Slow",
+        "weights": "random:1",
+        "sizes": [[16, 16]],
+        "batch": 4,
+        "outputs": {"logits": {}},
+    }
+    job = make_job(teachers={"net": net})
+    nets = tmp_path / "nets.py"
+    nets.write_text(nets.read_text() + SLOW)
+    kept = shards[0].read_bytes()
+    command = ["precompute", job, "--quiet", "--fail-fast"]
+    bank = tmp_path / "bank"
+    if is_shard:
+        # Indexed whole, and cut before it is read.
+        assert forked.run(command, kill={"match": "items", "when": "after"})["code"]
+        shards[0].write_bytes(kept[: len(kept) // 2])
+        stat = shards[0].stat()
+        record = (bank / "bank.json").read_text()
+        text = re.sub(
+            r'("name": "train-00000.tar".*?"size_bytes": )\d+(.*?"modified": ")[^"]+"',
+            rf'\g<1>{stat.st_size}\g<2>{stat.st_mtime}"',
+            record,
+            flags=re.DOTALL,
+        )
+        assert text != record
+        (bank / "bank.json").write_text(text)
+    else:
+        orphan = bank / "features.zarr/net/image/16x16/logits/c.0.0.0"
+        assert forked.run(command, kill={"match": "items", "when": "after"})["code"]
+        orphan.write_bytes(b"not an object")
+    done = forked.run(command)
+    assert done["code"] == 1
+    (line,) = done["output"].strip().splitlines()
+    assert ("train-00000.tar" in line) if is_shard else ("--repair" in line)
+    # All of it takes 40 batches of 0.4 s on 2 lanes.
+    assert done["seconds"] < 6

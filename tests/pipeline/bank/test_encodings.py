@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from manifests.errors import BankError
 from manifests.job import OutputConfig
-from pipeline.bank import encodings
+from pipeline.bank import encoding as encoding_module
 from pipeline.bank.encodings import encoding_from_json, make_encoding
 
 
@@ -117,7 +117,7 @@ def test_pieces_change_nothing(monkeypatch, preset, dtype):
     topk = {"topk": 4} if preset == "topk" else {}
     encoding = make(preset, shape=(20,), dtype=dtype, **topk)
     whole = encoding.encode(values, everything(values))
-    monkeypatch.setattr(encodings, "_PIECE_BYTES", 200)
+    monkeypatch.setattr(encoding_module, "_PIECE_BYTES", 200)
     pieces = encoding.encode(values, everything(values))
     assert whole.refused == pieces.refused == {5: "non_finite"}
     for suffix in encoding.suffixes:

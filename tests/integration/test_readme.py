@@ -1,0 +1,62 @@
+"""The README's Python lines, run as they stand, give the numbers the bank has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manifests.loading import load_job
+from pipeline.bank.open import open_bank
+from pipeline.precompute import precompute
+from tests.conftest import ROOT
+
+PATH = "net/image/16x16/patch"
+
+
+def snippets() -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.fixture
+def bank(make_shards, make_job, tmp_path, monkeypatch) -> Path:
+    make_shards([11, 8])
+    precompute(load_job(str(make_job())), quiet=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "bank"
+
+
+def expected(bank: Path) -> np.ndarray:
+    opened = open_bank(str(bank))
+    return np.concatenate([opened.read(PATH, b) for b in range(3)])
+
+
+@pytest.mark.parametrize("library", ["zarr", "xarray", "tensorstore"])
+def test_stock_readers(bank, library):
+    (lines,) = (text for text in snippets() if f"import {library}" in text)
+    names: dict = {}
+    exec(lines, names)
+    found = np.asarray(names["patch"])
+    np.testing.assert_array_equal(found, expected(bank))
+    if library == "zarr":
+        np.testing.assert_array_equal(names["valid"], ~np.isnan(found[:, 0, 0, 0]))
+        assert names["keys"][0] == "s0-0000"
+
+
+def test_reading_targets(bank):
+    (lines,) = (text for text in snippets() if "iter_targets" in text)
+    names: dict = {}
+    exec(lines, names)
+    assert names["block"].values.shape[1:] == (4, 4, 16)
+
+
+def test_the_jobs_yaml_loads(tmp_path):
+    text = (ROOT / "README.md").read_text()
+    (job,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "job.yaml").write_text(job)
+    loaded = load_job(str(tmp_path / "job.yaml"))
+    assert set(loaded.teachers) == {"dinov3", "siglip2", "ours"}
+    assert loaded.teachers["ours"].outputs["logits"].encoding == "topk"
