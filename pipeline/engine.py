@@ -321,7 +321,7 @@ class Engine:
 
 
 # A local run loads its teachers before it writes anything, so that weights that do not
-# fit leave no bank behind; the graph's workers in this process then take them from here.
+# fit leave no bank behind; the graph's workers in this process take them from here.
 _READY: dict[str, Engine] = {}
 
 

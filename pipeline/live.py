@@ -148,7 +148,7 @@ def pick_device(name: str) -> str:
 
 
 def set_lane_threads(device: str, threads: int) -> None:
-    """Sets this thread's share of the cores: one each on a CPU, where lanes are many."""
+    """Sets this thread's share of the cores: one on a CPU, where lanes are many."""
     torch.set_num_threads(1 if device == "cpu" else threads)
 
 
@@ -174,8 +174,10 @@ def _outputs(entry: PassEntry) -> tuple[StoredOutput, ...]:
 def load_passes(
     record: BankRecord, pass_ids: Sequence[str], device: str
 ) -> dict[str, LivePass]:
-    """Returns passes with their teachers loaded; groups that differ only in the names of
-    their inputs share one teacher, so six cameras cost one set of weights.
+    """Returns passes with their teachers loaded.
+
+    Groups that differ only in the names of their inputs share one teacher, so that six
+    cameras cost one set of weights.
 
     Raises:
         TeacherError: a teacher cannot be loaded, or is no longer what was planned.
@@ -220,7 +222,7 @@ def explain_failure(live: LivePass, error: BaseException, rows: int) -> BaseExce
         name = live.entry.teacher
         return PipelineError(
             f"teacher {name}: out of accelerator memory with {rows} rows per forward; "
-            f"set teachers.{name}.batch={max(1, rows // 2)} and make the bank anew (rows "
-            "per forward are part of what a bank is)"
+            f"set teachers.{name}.batch={max(1, rows // 2)} and make the bank anew "
+            "(rows per forward are part of what a bank is)"
         )
     return error

@@ -71,7 +71,7 @@ class Outcome:
 
 
 def plan_with_progress(job: Job) -> Plan:
-    """Returns the plan of a job, with a bar over the shards whose headers are walked."""
+    """Returns the plan of a job, with a bar over the shards that are indexed."""
     with tqdm(desc="index", unit="shard", disable=None, leave=False, delay=1) as bar:
 
         def total(count: int) -> None:
@@ -146,7 +146,7 @@ def prepare(
         with bank_lock(store, "precompute"):
             if _merge(store, plan):
                 return plan, numbers
-        # Another run changed the bank in the meantime; what is missing is now different.
+        # Another run changed the bank in the meantime; what is missing has changed.
     raise PipelineError(
         f"bank {store.url} keeps changing; run again when other runs have ended"
     )
@@ -270,7 +270,7 @@ def _run_graph(
     missing: dict[str, list[int]],
     quiet: bool,
 ) -> dict[str, int]:
-    """Runs the pipeline in a thread and draws the bar from commits; returns counters."""
+    """Runs the pipeline in a thread, draws the bar from commits; returns counters."""
     import logging
 
     # Beam warns at import about Google's optional libraries, which not every run needs.

@@ -67,7 +67,9 @@ def choose_block_rows(
     by_bytes = max(1, MAX_OBJECT_BYTES // max(largest_row_bytes, 1))
     needed = ceil(max(sizes) / unit) * unit
     multiples = range(unit, min(by_bytes, needed) + 1, unit)
-    fitting = [rows for rows in multiples if padding(rows, sizes) <= MAX_PADDING]
+    # Exactly 15 % is allowed, whatever floating point makes of it.
+    most = MAX_PADDING + 1e-9
+    fitting = [rows for rows in multiples if padding(rows, sizes) <= most]
     if fitting:
         return fitting[-1]
     candidates = [*multiples, *range(1, min(by_bytes, max(sizes)) + 1)]

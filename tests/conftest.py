@@ -170,7 +170,7 @@ POINTS_TEACHER = {
 def run_cli(
     *arguments: str | Path, cwd: Path | None = None, timeout: float = 180, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``python -m teachonce`` as a user would; returns its output and exit code."""
+    """Runs ``python -m teachonce`` as a user would; returns output and exit code."""
     return subprocess.run(
         [sys.executable, "-m", "teachonce", *map(str, arguments)],
         capture_output=True,

@@ -103,7 +103,7 @@ def read_blocks(store: Store) -> pa.Table:
     if data is None:
         raise BankError(
             f"bank {store.url} has no {BLOCKS_PATH}: it was never finalised, or it is "
-            "lost; run the same `teachonce precompute` again, or `teachonce finalise BANK`"
+            "lost; run `teachonce finalise BANK`, or the same precompute with --repair"
         )
     hint = (
         "run the same `teachonce precompute` again with --repair, it is made anew from "

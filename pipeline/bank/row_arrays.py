@@ -2,7 +2,7 @@
 
 Chunked by 65,536 rows whatever the block size, one object per chunk (and view).
 zarr-python makes both the metadata and the objects; they are replaced whole, under the
-bank's lock.
+bank's lock. It is imported when they are made: reading features needs none of it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.storage import MemoryStore
 
 CHUNK_ROWS = 65_536
 
@@ -45,6 +46,9 @@ class RowArray:
     def _make(
         self, store: MemoryStore, num_rows: int, num_views: int
     ) -> zarr.Array[Any]:
+        import zarr
+        from zarr.codecs import Crc32cCodec, ZstdCodec
+
         views, chunk, names = (
             ((num_views,), (1,), ("view",)) if self.has_view else ((),) * 3
         )
@@ -65,6 +69,8 @@ class RowArray:
 
     def metadata(self, num_rows: int, num_views: int) -> bytes:
         """Returns the array's ``zarr.json``."""
+        from zarr.storage import MemoryStore
+
         written: dict[str, Any] = {}
         self._make(MemoryStore(written), num_rows, num_views)
         return json.dumps(
@@ -96,6 +102,8 @@ class RowArray:
             chunk: number of the chunk.
             values: (rows[, views], *row_shape), rows at most 65,536.
         """
+        from zarr.storage import MemoryStore
+
         written: dict[str, Any] = {}
         views = values.shape[1] if self.has_view else 1
         array = self._make(MemoryStore(written), CHUNK_ROWS, views)

@@ -30,7 +30,7 @@ class RowFacts:
         labels: value by label, for those that are there and sound.
         label_reasons: ``code: detail`` of those that are not.
         intrinsics: (3, 3) by input; lidar2cam: (4, 4) by input.
-        calibration_reasons: ``code: detail`` where calibration was asked and is not there.
+        calibration_reasons: ``code: detail`` where calibration is asked and absent.
     """
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)

@@ -225,11 +225,11 @@ def _check_missing(
     found = []
     for output in entry.outputs:
         for view in entry.views:
-            spec, rows = _decode_main(store, output, content.block, view)
+            spec, stored = _decode_main(store, output, content.block, view)
             path = f"{FEATURES}/{object_name(spec, content.block, view)}"
             fill = spec.fill_value
-            is_fill = rows == fill if fill == fill else np.isnan(rows)
-            flat = is_fill.reshape(len(rows), -1)
+            is_fill = stored == fill if fill == fill else np.isnan(stored)
+            flat = is_fill.reshape(len(stored), -1)
             if not np.array_equal(~flat.all(axis=1), usable):
                 found.append((content, path, "misses other rows than its commit says"))
             elif flat[usable].any() and output.encoding["encoding"] != "topk":

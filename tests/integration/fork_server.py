@@ -169,7 +169,7 @@ def _serve():
     import teachonce.cli
     import teachonce.verbs.precompute
 
-    assert apache_beam.__name__ in sys.modules
+    assert all((apache_beam, pipeline.transform, teachonce.verbs.precompute))
     # Shapes come from the meta device, whose first use imports another 2 s of torch.
     torch.relu(torch.empty(2, device="meta"))
     with tempfile.TemporaryDirectory() as folder:

@@ -78,6 +78,16 @@ def engine_and_items(path, bank):
     return store, plan, items, engine
 
 
+def test_teachers_are_whole_before_any_lane_runs(full, tmp_path):
+    """Two lanes that built one teacher at once drew other random weights each time."""
+    _, _, _, engine = engine_and_items(full.path, tmp_path / "bank")
+    teachers = [live.teacher for live in engine._passes.values() if live.teacher]
+    assert len(teachers) == 2
+    for teacher in teachers:
+        assert set(teacher._models) == set(teacher.sizes)
+        assert set(teacher._outputs) == set(teacher.sizes)
+
+
 def test_every_work_item_twice_at_once(full, tmp_path):
     store, plan, items, engine = engine_and_items(full.path, tmp_path / "bank")
     engine.retain()

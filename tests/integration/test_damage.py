@@ -1,7 +1,7 @@
 """Damage of every kind to every kind of file.
 
-It is named by verify, refused by readers and mended by ``--repair``; afterwards the bank
-is what it was.
+It is named by verify, refused by readers and mended by ``--repair``; afterwards the
+bank is what it was.
 """
 
 from __future__ import annotations
