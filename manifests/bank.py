@@ -6,13 +6,16 @@ Owns their fields and nothing else: what they mean on disk is written down in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_serializer, field_validator
 
 from manifests.job import Strict
 
 BANK_SCHEMA = 1
+# The sum of all results crosses a shuffle: it stays small however much fails.
+MAX_FAILURES = 1000
 ROWS_TEACHER = "rows"
 
 
@@ -88,6 +91,14 @@ class PassEntry(Strict):
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property
+    def model(self) -> str:
+        """The teacher's model without the folder that a module's file lay in."""
+        identity = self.provenance.get("identity", {})
+        if "model" not in identity:
+            return "row facts"
+        return f"{identity['family']}:{identity['model']}"
+
+    @property
     def views(self) -> range:
         """Numbers of the views it covers."""
         return range(self.first_view, self.last_view + 1)
@@ -150,6 +161,26 @@ class BankRecord(Strict):
         return next(entry for entry in self.passes if entry.id == pass_id)
 
 
+def format_runs(rows: Sequence[int]) -> str:
+    """Returns ascending numbers as runs, ``0-4,7``: whole blocks stay small."""
+    runs: list[list[int]] = []
+    for row in rows:
+        if runs and row == runs[-1][1] + 1:
+            runs[-1][1] = row
+        else:
+            runs.append([row, row])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def parse_runs(text: str) -> tuple[int, ...]:
+    """Returns the numbers that `format_runs` wrote; raises ValueError else."""
+    found: list[int] = []
+    for run in text.split(",") if text else []:
+        first, _, last = run.partition("-")
+        found += range(int(first), int(last or first) + 1)
+    return tuple(found)
+
+
 class CommitContent(Strict):
     """What a block of a pass is; equal for equal attempts."""
 
@@ -165,6 +196,20 @@ class CommitContent(Strict):
     objects: dict[str, tuple[int, int]] = Field(
         description="path in the bank to (size in bytes, crc32c)"
     )
+
+    @field_validator("invalid", mode="before")
+    @classmethod
+    def _read_runs(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            code: parse_runs(rows) if isinstance(rows, str) else rows
+            for code, rows in value.items()
+        }
+
+    @field_serializer("invalid")
+    def _write_runs(self, value: dict[str, tuple[int, ...]]) -> dict[str, str]:
+        return {code: format_runs(rows) for code, rows in value.items()}
 
 
 class Commit(Strict):
@@ -215,10 +260,13 @@ class WorkResult(Strict):
     bytes_written: int = 0
     objects: int = 0
     seconds: dict[str, float] = Field(default_factory=dict)
-    failures: tuple[str, ...] = ()
+    failed_items: int = Field(0, description="work items that failed")
+    failures: tuple[str, ...] = Field(
+        (), description="what failed, sorted; the first 1,000"
+    )
 
     def plus(self, other: WorkResult) -> WorkResult:
-        """Returns the sum of two results; failures are kept once, sorted."""
+        """Returns the sum of two results; the same failure is kept once."""
 
         def add(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
             return {key: a.get(key, 0) + b.get(key, 0) for key in sorted({*a, *b})}
@@ -233,5 +281,6 @@ class WorkResult(Strict):
             bytes_written=self.bytes_written + other.bytes_written,
             objects=self.objects + other.objects,
             seconds=add(self.seconds, other.seconds),
-            failures=tuple(sorted({*self.failures, *other.failures})),
+            failed_items=self.failed_items + other.failed_items,
+            failures=tuple(sorted({*self.failures, *other.failures}))[:MAX_FAILURES],
         )

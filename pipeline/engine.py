@@ -316,7 +316,11 @@ class Engine:
             )
             result = result.plus(block.result(written))
         return result.plus(
-            WorkResult(seconds=work.watch.seconds(), failures=tuple(work.failures))
+            WorkResult(
+                seconds=work.watch.seconds(),
+                failed_items=int(bool(work.failures)),
+                failures=tuple(work.failures),
+            )
         )
 
 

@@ -53,7 +53,7 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
         committed = len(list_commits(store, entry.id) & blocks)
         state = record.state
         passes[entry.id] = {
-            "model": entry.request.get("model", "row facts"),
+            "model": entry.model,
             "inputs": list(entry.inputs),
             "views": [entry.first_view, entry.last_view],
             "blocks": committed,

@@ -58,7 +58,7 @@ class Budget:
 
 
 class Buffers:
-    """Arrays handed out and taken back by size; what is kept never exceeds ``keep_bytes``."""
+    """Arrays handed out and taken back by size; at most ``keep_bytes`` are kept."""
 
     def __init__(self, keep_bytes: int) -> None:
         self._keep = keep_bytes

@@ -72,6 +72,6 @@ def choose_block_rows(
     fitting = [rows for rows in multiples if padding(rows, sizes) <= most]
     if fitting:
         return fitting[-1]
-    candidates = [*multiples, *range(1, min(by_bytes, max(sizes)) + 1)]
-    share = {rows: round(padding(rows, sizes), 2) for rows in candidates}
-    return min(share, key=lambda rows: (share[rows], -rows))
+    candidates: list[int] = [*multiples, *range(1, min(by_bytes, max(sizes)) + 1)]
+    _, rows = min((round(padding(rows, sizes), 2), -rows) for rows in candidates)
+    return -rows

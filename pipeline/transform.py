@@ -121,7 +121,7 @@ def _count(result: WorkResult) -> None:
         ("objects", result.objects),
         ("bytes_read", result.bytes_read),
         ("bytes_written", result.bytes_written),
-        ("failed_work_items", len(result.failures)),
+        ("failed_work_items", result.failed_items),
     ):
         Metrics.counter(NAMESPACE, name).inc(value)
     for name, value in result.valid.items():

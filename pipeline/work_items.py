@@ -26,7 +26,7 @@ def num_threads(config: EngineConfig) -> int:
 
 
 def num_lanes(device: str, config: EngineConfig) -> int:
-    """Returns the forward lanes of an engine: one on an accelerator, else one a core."""
+    """Returns an engine's forward lanes: one on an accelerator, else one a core."""
     return 1 if device.startswith("cuda") else num_threads(config)
 
 

@@ -20,9 +20,14 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hypothesis import settings
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# A law is a law on a slow or busy machine too.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TEACHER_FILE = '''\
 """A small real network for images and one for sweeps."""

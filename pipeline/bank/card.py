@@ -33,7 +33,7 @@ def render_card(url: str, record: BankRecord) -> str:
         weights = entry.provenance["weights"]
         sha = weights["sha256"][:12] or f"random, seed {weights['seed']}"
         lines.append(
-            f"| {entry.teacher} | {entry.request['model']} | {', '.join(entry.inputs)} "
+            f"| {entry.teacher} | {entry.model} | {', '.join(entry.inputs)} "
             f"| {state.valid[entry.id]:,} "
             f"| {entry.provenance.get('license') or 'not stated'} | {sha} |"
         )

@@ -137,7 +137,7 @@ def _groups(record: BankRecord) -> dict[str, dict[str, object]]:
         if not entry.outputs:
             continue
         groups[entry.teacher] = {
-            "model": entry.request["model"],
+            "model": entry.model,
             "license": entry.provenance.get("license"),
             "fingerprint": entry.teacher_fingerprint,
         }

@@ -151,10 +151,25 @@ class Bank:
             raise BankError(
                 f"{path} of bank {self._store.url} is a group, not an array"
             )
+        self._check_whole(array, path)
         names = getattr(array.metadata, "dimension_names", None) or ("",)
         # A bank that grows has longer arrays than its record says.
         has_rows = names[:1] == ("sample",)
         return np.asarray(array[: self.record.num_rows] if has_rows else array[...])
+
+    def _check_whole(self, array: Any, path: str) -> None:
+        """Raises BankError where an object is gone, which zarr reads as fill values."""
+        counts = [
+            -(-length // chunk)
+            for length, chunk in zip(array.shape, array.chunks, strict=True)
+        ]
+        for index in np.ndindex(*counts):
+            name = f"{path}/{'.'.join(['c', *map(str, index)])}"
+            if self._features.size(name) is None:
+                raise BankError(
+                    f"{self._features.url_of(name)} is missing; run the same "
+                    "`teachonce precompute` with --repair, it is made anew"
+                )
 
     def keys(self) -> npt.NDArray[Any]:
         """Returns the key of every row, (num_rows,); '' where a row is padding."""

@@ -1,6 +1,6 @@
 """``teachonce demo``: the main job on an embedded driving dataset.
 
-Draws street scenes, writes a job beside them, and runs plan, precompute, verify and info
+Draws street scenes, writes a job beside them, and runs plan, precompute, verify, info
 as a user would.
 """
 

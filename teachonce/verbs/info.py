@@ -31,7 +31,8 @@ def print_facts(facts: dict[str, Any]) -> None:
     )
     print(
         f"samples  {facts['samples']:,} in {facts['shards']:,} shards; "
-        f"{facts['rows']:,} rows in blocks of {facts['block_rows']}, {facts['views']} view(s)"
+        f"{facts['rows']:,} rows in blocks of {facts['block_rows']}, "
+        f"{facts['views']} view(s)"
     )
     print(f"licence  data: {facts['dataset_license'] or 'not stated'}")
     passes = [

@@ -48,7 +48,8 @@ def print_outcome(bank: str, outcome: Outcome) -> None:
         seconds = ", ".join(f"{k} {v:.1f} s" for k, v in result.seconds.items())
         print(
             f"{result.blocks:,} blocks of passes committed, {result.samples:,} "
-            f"samples, {text.size(result.bytes_read)} read, {text.size(result.bytes_written)} "
+            f"samples, {text.size(result.bytes_read)} read, "
+            f"{text.size(result.bytes_written)} "
             f"written ({seconds})"
         )
     for name, block in outcome.removed:
@@ -61,6 +62,8 @@ def print_outcome(bank: str, outcome: Outcome) -> None:
         )
     for shard, why in state.damaged_shards.items():
         print(f"damaged shard {shard}: {why}", file=sys.stderr)
+    if result.failed_items > len(result.failures):
+        print(f"{result.failed_items} work items failed, shown are:", file=sys.stderr)
     for failure in result.failures:
         print(f"failed: {failure}", file=sys.stderr)
     if not state.complete:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 
+from manifests.bank import Commit
 from pipeline.bank.open import open_bank
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
@@ -210,6 +209,6 @@ def test_a_commit_stays_small(tmp_path, make_job, run):
     assert len(sizes) == 4
     assert max(sizes.values()) < 16_000
     for path in sizes:
-        content = json.loads(path.read_text())["content"]
-        invalid = {row for rows in content["invalid"].values() for row in rows}
-        assert content["valid"] + len(invalid) == content["rows"]
+        content = Commit.model_validate_json(path.read_text()).content
+        invalid = {row for rows in content.invalid.values() for row in rows}
+        assert content.valid + len(invalid) == content.rows

@@ -141,8 +141,8 @@ def test_what_a_plan_costs(make_shards, make_job):
     # A block in flight holds its inputs, its outputs and their encoded copy.
     row = 2 * (16 * 16 * 3 + 2 * numbers.bytes_to_do // (16 * 2))
     assert numbers.block_bytes >= 8 * row
-    per_row = plan.record.pass_by_id("net.image").provenance["flops_per_row"]
-    assert numbers.flops == pytest.approx(16 * 2 * per_row)
+    multiplications = 8 * 8 * 8 * 27 + 4 * 4 * 16 * 72 + 16 * 5
+    assert numbers.flops == pytest.approx(16 * 2 * 2 * multiplications)
 
 
 def test_limits(make_shards, make_job, tmp_path):
