@@ -78,15 +78,13 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
     print(
         f"to do    {numbers.blocks_to_do:,} blocks of passes, "
         f"{numbers.objects_to_do:,} objects, at most {text.size(numbers.bytes_to_do)} "
-        "before compression, "
-        f"{numbers.flops / 1e12:.2f} TFLOP"
+        f"before compression, {numbers.flops / 1e12:.2f} TFLOP"
     )
     budget = job.engine.memory
     print(
         f"memory   budget {text.size(budget)}: {text.size(numbers.working_bytes)} "
         f"inside models, the rest for blocks of {text.size(numbers.block_bytes)} each; "
-        f"weights "
-        f"{text.size(numbers.parameter_bytes)} beside it"
+        f"weights {text.size(numbers.parameter_bytes)} beside it"
     )
     if numbers.block_bytes * 2 + numbers.working_bytes > budget:
         print(
