@@ -7,8 +7,8 @@ Run it with nothing else on the machine:
     python benchmarks/precompute.py --shards 'imagenet-sample-{00000..00002}.tar'
 
 Ratio = floor / job: 1.0 would mean that planning, Beam, views, encoding, writing,
-committing and finalising cost nothing. Both sides start after imports, and the job loads
-its teachers inside its time. Wall seconds and CPU seconds (all threads) of one process.
+committing and finalising cost nothing. Both sides start after imports; the job loads
+its teachers inside its time. Wall and CPU seconds (all threads) of one process.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def bare_decode(images: list[bytes], threads: int, size: int) -> None:
 
 def open_live(name: str, config: dict) -> registry.Teacher:
     job = Job.model_validate(job_fields("x", "x", {name: config}))
-    request = TeacherRequest(
-        name, job.teachers[name], (GroupInput("image", "image"),)
-    )
+    request = TeacherRequest(name, job.teachers[name], (GroupInput("image", "image"),))
     return registry.open_teacher(request, registry.find_weights(request), "cpu")
 
 
@@ -163,7 +161,8 @@ def measure(names: list[str], shards: str, repeats: int, folder: Path) -> None:
         ]
         bank = folder / f"bank-{len(names)}-{repeat}"
         fields = job_fields(str(bank), shards, chosen)
-        job = timed(lambda: precompute(Job.model_validate(fields), quiet=True))
+        spec = Job.model_validate(fields)
+        job = timed(lambda spec=spec: precompute(spec, quiet=True))
         shutil.rmtree(bank)
         floor = [decode[k] + sum(one[k] for one in forward) for k in (0, 1)]
         rows.append((decode, floor, job))
@@ -187,8 +186,10 @@ def main() -> None:
     parser.add_argument("--shards", help="real shards instead of drawn ones")
     parser.add_argument("--teachers", type=int, choices=(1, 3), help="only this arm")
     args = parser.parse_args()
-    print(f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, "
-          f"{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}")
+    print(
+        f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, "
+        f"{len(os.sched_getaffinity(0))} cores, torch {torch.__version__}"
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         shards = args.shards or make_shards(folder, args.images)

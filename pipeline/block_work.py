@@ -134,7 +134,7 @@ class BlockWork:
 
     def _zeros(self, one: Prepared) -> np.ndarray:
         array = self._buffers.take((self._record.block_rows, *one.row_shape), one.dtype)
-        # An invalid row keeps its slot, and a slot must not hold another block's pixels.
+        # An invalid row keeps its slot, which must not hold another block's pixels.
         array.fill(0)
         return array
 
@@ -320,7 +320,9 @@ class BlockWork:
         self._bytes_written += len(data)
         return {path: (len(data), object_crc32c([data]))}
 
-    def _write_outputs(self, live: LivePass, store: Store) -> dict[str, tuple[int, int]]:
+    def _write_outputs(
+        self, live: LivePass, store: Store
+    ) -> dict[str, tuple[int, int]]:
         name = live.entry.id
         usable = self._usable[name]
         values = self._outputs_of(live)
@@ -377,7 +379,7 @@ class BlockWork:
             if self._written.is_set():
                 return
             self._aborted = True
-        # Other threads may still write into its buffers, so they are not handed out again.
+        # Other threads may still write into its buffers: they are not handed out again.
         self._release(reuse=False)
         self._decoded.set()
         self._written.set()
@@ -441,8 +443,8 @@ def _padded(rows: np.ndarray, batch: int) -> np.ndarray:
 
 def _differs(store: Store, path: str) -> BankError:
     return BankError(
-        f"{store.url_of(path)} is there already, uncommitted and with other contents; run "
-        "the same command with --repair, it removes what no commit names"
+        f"{store.url_of(path)} is there already, uncommitted and with other contents; "
+        "run the same command with --repair, it removes what no commit names"
     )
 
 

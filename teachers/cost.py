@@ -6,7 +6,7 @@ Runs on the meta device, where tensors have shapes and no bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,8 +20,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from teachers.interface import Cost
 
 _INITIALISERS = frozenset(
-    "normal_ uniform_ trunc_normal_ erfinv_ mul_ add_ div_ sub_ clamp_ fill_ zero_ "
-    "copy_ bernoulli_".split()
+    [
+        "normal_",
+        "uniform_",
+        "trunc_normal_",
+        "erfinv_",
+        "mul_",
+        "add_",
+        "div_",
+        "sub_",
+        "clamp_",
+        "fill_",
+        "zero_",
+        "copy_",
+        "bernoulli_",
+    ]
 )
 
 
@@ -29,7 +42,7 @@ class _Alive(TorchDispatchMode):
     """Adds up the storages that are alive after each operator."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
         self._sizes: dict[StorageWeakRef, int] = {}
 
@@ -85,15 +98,15 @@ class CostMeter:
         self.cost = Cost()
         self._flops = FlopCounterMode(display=False)
         self._alive = _Alive()
+        self._modes = ExitStack()
 
     def __enter__(self) -> CostMeter:
-        self._flops.__enter__()
-        self._alive.__enter__()
+        self._modes.enter_context(self._flops)
+        self._modes.enter_context(self._alive)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._alive.__exit__(*error)
-        self._flops.__exit__(*error)
+        self._modes.__exit__(*error)
         self.cost = Cost(
             flops=float(self._flops.get_total_flops()),
             working_bytes=self._alive.peak_bytes,

@@ -18,7 +18,9 @@ class BirdsEyeNet(nn.Module):
         width: channels of the map.
     """
 
-    def __init__(self, cells: int = 64, extent_m: float = 48.0, width: int = 32) -> None:
+    def __init__(
+        self, cells: int = 64, extent_m: float = 48.0, width: int = 32
+    ) -> None:
         super().__init__()
         self.cells = cells
         self.extent_m = extent_m
@@ -47,4 +49,5 @@ class BirdsEyeNet(nn.Module):
         count = grid[:, :1]
         mean = grid[:, 1:] / count.clamp_min(1)
         found = torch.cat([count.log1p(), mean], 1)
-        return self.map(found.reshape(num, 4, self.cells, self.cells))
+        bev: Tensor = self.map(found.reshape(num, 4, self.cells, self.cells))
+        return bev

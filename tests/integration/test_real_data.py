@@ -26,7 +26,9 @@ def run(fields):
     report = verify(store, record, full=True)
     assert report.problems == []
     for entry in record.passes:
-        told = record.state.valid[entry.id] + sum(record.state.invalid[entry.id].values())
+        told = record.state.valid[entry.id] + sum(
+            record.state.invalid[entry.id].values()
+        )
         assert told == record.state.rows
     return outcome, open_bank(fields["bank"])
 
@@ -87,7 +89,7 @@ def test_imagenet_sample_in_one_pass(shared_data, tmp_path):
     fields = {
         "bank": str(tmp_path / "bank"),
         "dataset": {
-            "shards": f"{shared_data}/imagenet-sample/imagenet-sample-{{00000..00002}}.tar"
+            "shards": f"{shared_data}/imagenet-sample/imagenet-sample-0000{{0..2}}.tar"
         },
         "inputs": {"image": {"kind": "image", "member": ["jpg", "jpeg", "png"]}},
         "labels": {"class": {"member": "cls", "num_classes": 1000}},
@@ -280,7 +282,11 @@ def test_hostile_shards(shared_data, tmp_path):
         own = [row for row in rows if row["shard"] == f"{name}.tar"]
         good = {row["key"] for row in own if row[f"valid.{pass_id}"]}
         bad = dict(faults[f"{name}.tar"])
-        bad |= {row["key"]: row[f"reason.{pass_id}"] for row in own if row["key"] not in good}
+        bad |= {
+            row["key"]: row[f"reason.{pass_id}"]
+            for row in own
+            if row["key"] not in good
+        }
         labels = facts.get(f"{name}.tar", {})
         damage = outcome.record.state.damaged_shards.get(f"{name}.tar")
         shown = {key[:20]: why for key, why in {**labels, **bad}.items()}
@@ -288,10 +294,12 @@ def test_hostile_shards(shared_data, tmp_path):
         assert set(want["good_keys"]) <= good, name
         for key in want["bad_keys"]:
             bare = key.split(" (")[0]
-            named = bare in bad or bare in labels or any(k.startswith(bare) for k in bad)
-            # An identical key in another shard is another sample; a bad checksum inside a
-            # picture may go either way.
-            either = "(" in key or want["group"] == "key" and "across" in name
+            named = (
+                bare in bad or bare in labels or any(k.startswith(bare) for k in bad)
+            )
+            # An identical key in another shard is another sample; a bad checksum inside
+            # a picture may go either way.
+            either = "(" in key or (want["group"] == "key" and "across" in name)
             assert named or either, f"{name}: {key} is not named"
         if want["level"] == "shard" and want["bad_keys"]:
             assert damage, name
