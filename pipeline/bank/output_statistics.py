@@ -25,6 +25,8 @@ from pipeline.bank.objects import decode_object
 from pipeline.bank.record import FEATURES
 
 MAX_COVARIANCE_CHANNELS = 4096
+# A small sample is kept for its second look; a large one is read again.
+KEPT_BYTES = 64 * 2**20
 _NO_COVARIANCE = frozenset({"logits"})
 
 
@@ -101,12 +103,19 @@ def compute(
 ) -> dict[str, np.ndarray]:
     """Returns mean, variance, covariance, mean direction, dispersion and count."""
     moments = statistics.Moments(channels, covariance=covariance)
+    kept: list[np.ndarray] | None = []
+    kept_bytes = 0
     for vectors in sample:
         moments.update(vectors)
+        kept_bytes += vectors.nbytes
+        if kept is not None:
+            kept.append(vectors)
+            if kept_bytes > KEPT_BYTES:
+                kept = None
     total, count = 0.0, 0
     direction = moments.mean_direction
     if np.isfinite(direction).all():
-        for vectors in sample:
+        for vectors in sample if kept is None else kept:
             angles, num = statistics.angle_dispersion(vectors, direction)
             total, count = total + angles, count + num
     dispersion = total / count if count else math.nan
