@@ -31,17 +31,15 @@ from torch import Tensor, nn
 
 from teachers.cost import building_on
 from teachers.errors import TeacherError
-from teachers.interface import InputSpec, Size, TeacherRequest, WeightsRecord
-from teachers.preprocess import fit_size, image_spec
+from teachers.image_teacher import ImageTeacher, Pixels
+from teachers.interface import Size, TeacherRequest, WeightsRecord
 from teachers.registry import close_matches
-from teachers.timm_family import check_sizes
 from teachers.timm_family import layer_names as timm_layer_names
 from teachers.timm_family import patch_of as timm_patch_of
 from teachers.timm_family import stride_of as timm_stride_of
 from teachers.timm_family import tap_with_features as tap_timm
 from teachers.torch_teacher import (
     Tap,
-    TorchTeacher,
     channels_last,
     freeze,
     recording,
@@ -131,7 +129,7 @@ def open_teacher(
     return OpenClipTeacher(request, weights, device)
 
 
-class OpenClipTeacher(TorchTeacher):
+class OpenClipTeacher(ImageTeacher):
     """The image tower of a contrastive model, looking at one image."""
 
     def __init__(
@@ -141,21 +139,17 @@ class OpenClipTeacher(TorchTeacher):
         self._weights = weights
         self._name = request.config.model_name
         self._config = find_model(self._name)
-        self._input = request.group[0]
         tag = _tag_config(request)
         self._quick_gelu = bool(
             self._config.get("quick_gelu", False)
             or (tag or {}).get("quick_gelu", False)
         )
-        self._preprocess = self._find_preprocess(tag)
+        preprocess = self._find_preprocess(tag)
         self._native = native_size(self._config)
         probe = self._tower(self._native, "meta")
-        own_fit = "squash" if self._preprocess.resize_mode == "squash" else "tokens"
-        fit = request.config.preprocess.fit or own_fit
-        self._sizes = tuple(request.config.sizes or ()) or (
-            fit_size(self._native, stride_of(probe), self._input.aspect, fit),
-        )
-        check_sizes(self._sizes, patch_of(probe), self.where)
+        self._pixels = Pixels(preprocess.interpolation, preprocess.mean, preprocess.std)
+        own_fit = "squash" if preprocess.resize_mode == "squash" else "tokens"
+        self._choose_sizes(self._native, stride_of(probe), patch_of(probe), own_fit)
         repo = (tag or {}).get("hf_hub", "").rpartition("/")[0]
         self.facts = self._make_facts(
             probe,
@@ -179,30 +173,10 @@ class OpenClipTeacher(TorchTeacher):
             )
         return found[0] if found else PreprocessCfg()
 
-    @property
-    def sizes(self) -> tuple[Size | None, ...]:
-        """Returns the sizes of the job, or the one that fits the box."""
-        return self._sizes
-
-    def inputs(self, size: Size | None) -> dict[str, InputSpec]:
-        """Returns how each input is taken; see `Teacher.inputs`."""
-        assert size is not None, "an image has a size"
-        return {
-            self._input.name: image_spec(
-                self.request.config.preprocess,
-                size,
-                interpolation=self._preprocess.interpolation,
-                mean=self._preprocess.mean,
-                std=self._preprocess.std,
-                where=self.where,
-            )
-        }
-
-    def _taps(
-        self, model: nn.Module, batch: Mapping[str, Tensor], size: Size | None
+    def _tap(
+        self, model: nn.Module, image_BCHW: Tensor, wanted: Mapping[str, str | None]
     ) -> dict[str, Tap]:
-        wanted = {name: it.norm for name, it in self.request.config.outputs.items()}
-        return tap(model, batch[self._input.name], wanted, self.where)
+        return tap(model, image_BCHW, wanted, self.where)
 
     def _blueprint(self, size: Size | None, device: str) -> nn.Module:
         assert size is not None, "an image has a size"

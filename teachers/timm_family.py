@@ -21,7 +21,7 @@ Shape suffixes: B batch, N tokens, H and W grid, C channels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -33,18 +33,15 @@ from torch import Tensor, nn
 
 from teachers.cost import building_on
 from teachers.errors import TeacherError
+from teachers.image_teacher import ImageTeacher, Pixels
 from teachers.interface import (
-    GroupInput,
-    InputSpec,
     Size,
     TeacherRequest,
     WeightsRecord,
 )
-from teachers.preprocess import fit_size, image_spec
 from teachers.registry import close_matches
 from teachers.torch_teacher import (
     Tap,
-    TorchTeacher,
     channels_last,
     freeze,
     recording,
@@ -138,7 +135,7 @@ def open_teacher(
     return TimmTeacher(request, weights, device)
 
 
-class TimmTeacher(TorchTeacher):
+class TimmTeacher(ImageTeacher):
     """A timm model that looks at one image."""
 
     def __init__(
@@ -153,15 +150,13 @@ class TimmTeacher(TorchTeacher):
         self._name = request.config.model_name
         self._weights = weights
         self._config = find_config(self._name)
-        self._input: GroupInput = request.group[0]
         self._variants: dict[Size, dict[str, Any]] = {}
         probe = self._create_empty("meta", {})
         self._native: Size = native_size(self._config)
-        fit = request.config.preprocess.fit or "tokens"
-        self._sizes = tuple(request.config.sizes or ()) or (
-            fit_size(self._native, stride_of(probe), self._input.aspect, fit),
+        self._pixels = Pixels(
+            self._config.interpolation, self._config.mean, self._config.std
         )
-        check_sizes(self._sizes, patch_of(probe), self.where)
+        self._choose_sizes(self._native, stride_of(probe), patch_of(probe))
         hub = self._config.hf_hub_id
         self.facts = self._make_facts(
             probe,
@@ -171,30 +166,10 @@ class TimmTeacher(TorchTeacher):
             versions={"timm": timm.__version__},
         )
 
-    @property
-    def sizes(self) -> tuple[Size | None, ...]:
-        """Returns the sizes of the job, or the one that fits the box."""
-        return self._sizes
-
-    def inputs(self, size: Size | None) -> dict[str, InputSpec]:
-        """Returns how each input is taken; see `Teacher.inputs`."""
-        assert size is not None, "an image has a size"
-        return {
-            self._input.name: image_spec(
-                self.request.config.preprocess,
-                size,
-                interpolation=self._config.interpolation,
-                mean=self._config.mean,
-                std=self._config.std,
-                where=self.where,
-            )
-        }
-
-    def _taps(
-        self, model: nn.Module, batch: Mapping[str, Tensor], size: Size | None
+    def _tap(
+        self, model: nn.Module, image_BCHW: Tensor, wanted: Mapping[str, str | None]
     ) -> dict[str, Tap]:
-        wanted = {name: it.norm for name, it in self.request.config.outputs.items()}
-        return tap(model, batch[self._input.name], wanted, self.where)
+        return tap(model, image_BCHW, wanted, self.where)
 
     def _blueprint(self, size: Size | None, device: str) -> nn.Module:
         assert size is not None, "an image has a size"
@@ -298,22 +273,6 @@ def patch_of(model: nn.Module) -> Size:
     if isinstance(patch, int) or getattr(embed, "dynamic_img_pad", False):
         return (1, 1)
     return patch[0], patch[1]
-
-
-def check_sizes(sizes: Sequence[Size], patch: Size, where: str) -> None:
-    """Checks that no pixel is left over, which a model would drop without a word.
-
-    Raises:
-        TeacherError: a size is no multiple of the patch.
-    """
-    for size in sizes:
-        if size[0] % patch[0] or size[1] % patch[1]:
-            pairs = zip(size, patch, strict=True)
-            nearest = [max(1, round(side / unit)) * unit for side, unit in pairs]
-            raise TeacherError(
-                f"{where}.sizes must be multiples of the patch {patch[0]} x "
-                f"{patch[1]}, got {list(size)}; the nearest is {nearest}"
-            )
 
 
 def layer_names(model: nn.Module) -> list[str]:

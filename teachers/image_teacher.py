@@ -1,0 +1,113 @@
+"""A teacher that looks at one image with its model's own pixel arithmetic.
+
+Owns the input's spec and the choice of sizes; families own the model and its outputs.
+
+Shape suffixes: B batch, C channels, H and W image rows and columns.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from teachers.errors import TeacherError
+from teachers.interface import InputSpec, Size, TeacherRequest
+from teachers.preprocess import fit_size, image_spec
+from teachers.torch_teacher import Tap, TorchTeacher
+
+
+class Pixels(NamedTuple):
+    """A model's own pixel arithmetic, before the job's overrides.
+
+    Attributes:
+        interpolation: filter of the one resize.
+        mean, std: per channel, of pixels in [0, 1].
+    """
+
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+class ImageTeacher(TorchTeacher):
+    """A torch module that looks at one image.
+
+    A family's ``__init__`` calls `_choose_sizes` once it knows its model.
+    """
+
+    def __init__(self, request: TeacherRequest, device: str) -> None:
+        super().__init__(request, device)
+        self._input = request.group[0]
+        self._sizes: tuple[Size, ...] = ()
+        self._pixels = Pixels("bicubic", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def _choose_sizes(
+        self, native: Size, stride: int, patch: Size, own_fit: str = "tokens"
+    ) -> None:
+        """Takes the job's sizes, or the one that fits the box of view 0.
+
+        Args:
+            native: the model's own size.
+            stride: pixels of a grid cell.
+            patch: height and width of which a size must be a multiple.
+            own_fit: the model's, where the job says nothing.
+
+        Raises:
+            TeacherError: a size of the job is no multiple of the patch.
+        """
+        config = self.request.config
+        fit = config.preprocess.fit or own_fit
+        self._sizes = tuple(config.sizes or ()) or (
+            fit_size(native, stride, self._input.aspect, fit),
+        )
+        check_sizes(self._sizes, patch, self.where)
+
+    @property
+    def sizes(self) -> tuple[Size | None, ...]:
+        """Returns the sizes of the job, or the one that fits the box."""
+        return self._sizes
+
+    def inputs(self, size: Size | None) -> dict[str, InputSpec]:
+        """Returns how each input is taken; see `Teacher.inputs`."""
+        assert size is not None, "an image has a size"
+        return {
+            self._input.name: image_spec(
+                self.request.config.preprocess,
+                size,
+                interpolation=self._pixels.interpolation,
+                mean=self._pixels.mean,
+                std=self._pixels.std,
+                where=self.where,
+            )
+        }
+
+    def _taps(
+        self, model: nn.Module, batch: Mapping[str, Tensor], size: Size | None
+    ) -> dict[str, Tap]:
+        wanted = {name: it.norm for name, it in self.request.config.outputs.items()}
+        return self._tap(model, batch[self._input.name], wanted)
+
+    @abstractmethod
+    def _tap(
+        self, model: nn.Module, image_BCHW: Tensor, wanted: Mapping[str, str | None]
+    ) -> dict[str, Tap]:
+        """Runs ``model`` once; ``wanted`` is output name to the job's ``norm``."""
+
+
+def check_sizes(sizes: Sequence[Size], patch: Size, where: str) -> None:
+    """Checks that no pixel is left over, which a model would drop without a word.
+
+    Raises:
+        TeacherError: a size is no multiple of the patch.
+    """
+    for size in sizes:
+        if size[0] % patch[0] or size[1] % patch[1]:
+            pairs = zip(size, patch, strict=True)
+            nearest = [max(1, round(side / unit)) * unit for side, unit in pairs]
+            raise TeacherError(
+                f"{where}.sizes must be multiples of the patch {patch[0]} x "
+                f"{patch[1]}, got {list(size)}; the nearest is {nearest}"
+            )
