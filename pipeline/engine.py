@@ -28,7 +28,7 @@ from pipeline.bank.record import open_record
 from pipeline.block_work import BlockWork, Stopwatch
 from pipeline.decoding import SampleSchema
 from pipeline.errors import PipelineError
-from pipeline.estimate import block_bytes, working_bytes
+from pipeline.estimate import block_bytes, lane_bytes
 from pipeline.inputs import view_policy_of
 from pipeline.live import LivePass, load_passes, pick_device
 from pipeline.memory import Budget, Buffers
@@ -104,11 +104,11 @@ class Engine:
         self._schema = SampleSchema.of(record.inputs, record.labels)
         self._policy = view_policy_of(record)
         self._passes: dict[str, LivePass] = load_passes(record, pass_ids, self.device)
-        self._num_lanes = num_lanes(self.device, config)
+        inside = lane_bytes(record, pass_ids)
+        self._num_lanes = num_lanes(self.device, config, inside)
         # What is left beside the lanes' own values is for blocks; a single block is
         # always let through.
-        working = working_bytes(record, pass_ids, self._num_lanes)
-        self.budget = Budget(max(config.memory - working, 1))
+        self.budget = Budget(max(config.memory - self._num_lanes * inside, 1))
         self._buffers = Buffers(self.budget.total_bytes)
         self._users = 0
         self._in_flight: set[_ItemWork] = set()
@@ -282,7 +282,7 @@ class Engine:
     def _forward_lane(self) -> None:
         from pipeline.live import set_lane_threads
 
-        set_lane_threads(self.device, self._threads)
+        set_lane_threads(max(1, self._threads // self._num_lanes))
         while True:
             task = self._forwards.get()
             if task is None:

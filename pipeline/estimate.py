@@ -60,10 +60,10 @@ def block_bytes(record: BankRecord, pass_ids: Sequence[str]) -> int:
     return row * record.block_rows
 
 
-def working_bytes(record: BankRecord, pass_ids: Sequence[str], lanes: int) -> int:
-    """Returns the memory that forward lanes take for intermediate values."""
+def lane_bytes(record: BankRecord, pass_ids: Sequence[str]) -> int:
+    """Returns the memory that one forward lane takes for intermediate values."""
     passes = (record.pass_by_id(name) for name in pass_ids)
-    return lanes * max((entry.working_bytes for entry in passes), default=0)
+    return max((entry.working_bytes for entry in passes), default=0)
 
 
 def estimate(plan: Plan) -> Estimate:
@@ -96,6 +96,8 @@ def estimate(plan: Plan) -> Estimate:
         if entry.outputs and entry.id in plan.wanted
     }
     samples = sum(shard.samples for shard in live)
+    engine = plan.job.engine
+    inside = lane_bytes(record, plan.wanted)
     return Estimate(
         shards=len(live),
         samples=samples,
@@ -107,9 +109,7 @@ def estimate(plan: Plan) -> Estimate:
         bytes_to_do=sum(by_output.values()),
         bytes_by_output=by_output,
         block_bytes=block_bytes(record, plan.wanted),
-        working_bytes=working_bytes(
-            record, plan.wanted, num_lanes(plan.job.engine.device, plan.job.engine)
-        ),
+        working_bytes=inside * num_lanes(engine.device, engine, inside),
         parameter_bytes=sum(
             int(entry.provenance["facts"]["parameter_bytes"])
             for entry in teachers.values()

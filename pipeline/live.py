@@ -147,9 +147,9 @@ def pick_device(name: str) -> str:
     return name
 
 
-def set_lane_threads(device: str, threads: int) -> None:
-    """Sets this thread's share of the cores: one on a CPU, where lanes are many."""
-    torch.set_num_threads(1 if device == "cpu" else threads)
+def set_lane_threads(threads: int) -> None:
+    """Sets the calling thread's share of the cores."""
+    torch.set_num_threads(threads)
 
 
 def _outputs(entry: PassEntry) -> tuple[StoredOutput, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from manifests.bank import BankRecord, InputEntry, PassEntry
@@ -42,6 +42,7 @@ class Plan:
     new_passes: tuple[PassEntry, ...]
     wanted: tuple[str, ...]
     committed: Mapping[str, frozenset[int]]
+    missing_weights: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def part(self) -> str:
@@ -98,6 +99,7 @@ def make_plan(
     job: Job,
     on_indexed: Callable[[], object] = lambda: None,
     on_shards: Callable[[int], object] = lambda count: None,
+    needs_weights: bool = True,
 ) -> Plan:
     """Returns what the job needs of its bank; reads shard headers, writes nothing.
 
@@ -105,6 +107,8 @@ def make_plan(
         job: with absolute paths.
         on_indexed: called after each shard whose headers were walked.
         on_shards: called once with the number of shards.
+        needs_weights: whether weights that cannot be found are an error; shapes do not
+            need them, a run does.
 
     Raises:
         TeachOnceError: naming what cannot be used and what to do.
@@ -121,7 +125,10 @@ def make_plan(
         _check_same_bank(job, record, changes)
     inputs = _resolve_inputs(job, store, record, changes)
     views = _resolve_views(job, record, inputs)
-    teachers = resolve.group_teachers(job, inputs, views, record)
+    missing: dict[str, str] = {}
+    teachers = resolve.group_teachers(
+        job, inputs, views, record, None if needs_weights else missing
+    )
     passes = _resolve_passes(job, inputs, views, record, teachers, changes)
     planned = BankRecord(
         created_by=record.created_by if record else _created_by(),
@@ -150,6 +157,7 @@ def make_plan(
             for name in passes.wanted
             if name in held
         },
+        missing_weights=missing,
     )
 
 
@@ -323,7 +331,9 @@ def _resolve_passes(
     held_rows = record.block_rows if record else job.block_rows
     batches = {
         item.digest: item.request.config.batch
-        or sizing.choose_batch(samples, held_rows)
+        or sizing.choose_batch(
+            samples, held_rows, described[item.digest].cost.working_bytes
+        )
         for item in unknown
     }
 

@@ -70,7 +70,7 @@ class Outcome:
         )
 
 
-def plan_with_progress(job: Job) -> Plan:
+def plan_with_progress(job: Job, needs_weights: bool = True) -> Plan:
     """Returns the plan of a job, with a bar over the shards that are indexed."""
     with tqdm(desc="index", unit="shard", disable=None, leave=False, delay=1) as bar:
 
@@ -78,7 +78,7 @@ def plan_with_progress(job: Job) -> Plan:
             bar.total = count
             bar.refresh()
 
-        return make_plan(job, lambda: bar.update(), total)
+        return make_plan(job, lambda: bar.update(), total, needs_weights)
 
 
 def _merge(store: Store, plan: Plan) -> bool:

@@ -21,6 +21,7 @@ from manifests.loading import digest
 from pipeline.bank.encodings import make_encoding
 from teachers import registry
 from teachers.code import code_digest, kinds_wanted
+from teachers.errors import WeightsNotFound
 from teachers.interface import (
     Cost,
     GroupInput,
@@ -141,15 +142,35 @@ def group_teachers(
     inputs: Mapping[str, InputEntry],
     views: Mapping[str, Any],
     record: BankRecord | None,
+    missing_weights: dict[str, str] | None = None,
 ) -> list[GroupTeacher]:
-    """Returns every (teacher, group) of the job with its weights found and digested."""
+    """Returns every (teacher, group) of the job with its weights found and digested.
+
+    Args:
+        job: with absolute paths.
+        inputs: of the bank and the job.
+        views: how views are drawn.
+        record: of the bank, if there is one.
+        missing_weights: where given, weights that cannot be found are noted here by
+            teacher instead of raised; shapes need none.
+
+    Raises:
+        TeacherError: a teacher or its weights cannot be had.
+    """
     found = []
     for name, config in job.teachers.items():
         weights: WeightsRecord | None = None
         for group, members in groups_of(name, config, inputs).items():
             request = request_of(name, config, members, inputs)
             if weights is None:
-                weights = registry.find_weights(request, _known_weights(record, name))
+                known = _known_weights(record, name)
+                try:
+                    weights = registry.find_weights(request, known)
+                except WeightsNotFound as error:
+                    if missing_weights is None:
+                        raise
+                    missing_weights[name] = str(error)
+                    weights = known or WeightsRecord("missing")
             identity = {
                 "config": config.model_dump(mode="json", by_alias=True),
                 "code": code_digest(request),

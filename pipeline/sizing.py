@@ -11,6 +11,7 @@ from math import ceil, lcm
 
 MAX_OBJECT_BYTES = 64 * 2**20
 MAX_PADDING = 0.15
+MAX_WORKING_BYTES = 512 * 2**20
 DEFAULT_BATCH = 32
 SMALLEST_DEFAULT_BATCH = 16
 BATCH_WASTE = 0.03
@@ -24,9 +25,21 @@ def padding(block_rows: int, shard_sizes: Sequence[int]) -> float:
     return 1 - sum(size * count for size, count in counts) / total if total else 0.0
 
 
-def choose_batch(shard_sizes: Sequence[int], block_rows: int | None = None) -> int:
-    """Returns rows per forward where the job says none: 32, or the nearest below it
-    whose last batches waste at most 3 % of the work on these shards.
+def choose_batch(
+    shard_sizes: Sequence[int],
+    block_rows: int | None = None,
+    row_working_bytes: int = 0,
+) -> int:
+    """Returns rows per forward where the job says none.
+
+    That is 32, or the nearest below it whose last batches waste at most 3 % of the work
+    on these shards; fewer where a forward's intermediate values would take more than
+    512 MiB. The machine does not enter: a job's batch is part of its bank.
+
+    Args:
+        shard_sizes: samples of every shard.
+        block_rows: rows of a block, where the bank has them already.
+        row_working_bytes: memory of one row's intermediate values.
     """
 
     def waste(batch: int) -> float:
@@ -40,7 +53,8 @@ def choose_batch(shard_sizes: Sequence[int], block_rows: int | None = None) -> i
     largest = max(shard_sizes, default=1) or 1
     if block_rows is not None:
         largest = min(largest, block_rows)
-    high = min(DEFAULT_BATCH, largest)
+    fitting = max(1, MAX_WORKING_BYTES // max(1, row_working_bytes))
+    high = min(DEFAULT_BATCH, largest, fitting)
     candidates = range(high, min(SMALLEST_DEFAULT_BATCH, high) - 1, -1)
     for batch in candidates:
         if waste(batch) <= BATCH_WASTE:

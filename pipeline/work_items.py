@@ -25,9 +25,21 @@ def num_threads(config: EngineConfig) -> int:
     return config.threads or len(os.sched_getaffinity(0))
 
 
-def num_lanes(device: str, config: EngineConfig) -> int:
-    """Returns an engine's forward lanes: one on an accelerator, else one a core."""
-    return 1 if device.startswith("cuda") else num_threads(config)
+def num_lanes(device: str, config: EngineConfig, lane_bytes: int) -> int:
+    """Returns an engine's forward lanes.
+
+    One on an accelerator; on a CPU one a core, fewer where what happens inside models
+    would take more than half the budget.
+
+    Args:
+        device: what the engine runs on.
+        config: its threads and budget.
+        lane_bytes: memory of one forward's intermediate values.
+    """
+    if device.startswith("cuda"):
+        return 1
+    fitting = config.memory // 2 // max(1, lane_bytes)
+    return max(1, min(num_threads(config), fitting))
 
 
 def item_blocks(plan: Plan, device: str, threads: int) -> int:

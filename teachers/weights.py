@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from manifests.errors import StorageError
 from manifests.loading import is_weights_file
 from manifests.storage import open_url, stat_url
-from teachers.errors import TeacherError
+from teachers.errors import TeacherError, WeightsNotFound
 from teachers.interface import TeacherRequest, WeightsRecord
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def find_file(
             asked=parse_wanted(request).asked,
         )
     except StorageError as error:
-        raise TeacherError(
+        raise WeightsNotFound(
             f"teachers.{request.name}.weights must be a file that can be read, got "
             f"{request.config.weights!r} ({error}; relative paths start from "
             f"{request.base}); correct the path, or try the job with "
@@ -205,16 +205,16 @@ def hub_file(
             with contextlib.suppress(EntryNotFoundError):
                 return Path(hf_hub_download(repo, filename, revision=revision))
     except GatedRepoError as error:
-        raise TeacherError(
+        raise WeightsNotFound(
             f"{where} are gated; accept their licence at https://huggingface.co/{repo} "
             "and log in with `hf auth login`"
         ) from error
     except Exception as error:
-        raise TeacherError(
+        raise WeightsNotFound(
             f"{where} are not in the local cache and cannot be downloaded "
             f"({type(error).__name__}: {_first_line(error)}); {hint}"
         ) from error
-    raise TeacherError(f"{where} have none of {', '.join(filenames)}; {hint}")
+    raise WeightsNotFound(f"{where} have none of {', '.join(filenames)}; {hint}")
 
 
 @contextlib.contextmanager

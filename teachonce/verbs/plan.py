@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import asdict
 
 from manifests.job import Job
@@ -15,9 +16,9 @@ from teachonce.verbs import text
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan of a job; writes nothing."""
+    """Prints the plan of a job; exit 1 where weights are missing. Writes nothing."""
     job = load_job(args.job, args.overrides)
-    plan = plan_with_progress(job)
+    plan = plan_with_progress(job, needs_weights=False)
     numbers = estimate(plan)
     check_limits(plan, numbers, Store(job.bank))
     if args.json:
@@ -37,10 +38,13 @@ def run(args: argparse.Namespace) -> int:
             }
             for entry in plan.record.passes
         }
+        facts["missing_weights"] = dict(plan.missing_weights)
         text.print_json(facts)
     else:
         print_plan(job, plan, numbers)
-    return 0
+    for message in plan.missing_weights.values():
+        print(f"missing  {message}", file=sys.stderr)
+    return 1 if plan.missing_weights else 0
 
 
 def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
@@ -86,7 +90,12 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
         f"inside models, the rest for blocks of {text.size(numbers.block_bytes)} each; "
         f"weights {text.size(numbers.parameter_bytes)} beside it"
     )
-    if numbers.block_bytes * 2 + numbers.working_bytes > budget:
+    if numbers.working_bytes > budget:
+        print(
+            "         a single forward takes more than the budget: set a smaller batch "
+            "for the teacher, or raise engine.memory"
+        )
+    elif numbers.block_bytes * 2 + numbers.working_bytes > budget:
         print(
             "         two blocks do not fit the budget, so reading and running "
             "teachers cannot overlap: raise engine.memory or set block_rows lower"

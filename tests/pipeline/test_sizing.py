@@ -147,3 +147,10 @@ def test_many_shards_are_sized_in_no_time():
     shards = [1000 + number % 7 for number in range(100_000)]
     rows = choose_block_rows(CLS, shards, [choose_batch(shards)])
     assert padding(rows, shards) <= 0.15
+
+
+def test_a_batch_is_small_where_models_take_much_memory():
+    """SAM at 1024 x 1024 takes 1.7 GB a row inside its global attention."""
+    assert choose_batch([1000], row_working_bytes=1_700 * 2**20) == 1
+    assert choose_batch([1000], row_working_bytes=100 * 2**20) == 5
+    assert choose_batch([1000], row_working_bytes=2**20) == choose_batch([1000])

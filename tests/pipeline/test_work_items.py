@@ -13,7 +13,7 @@ from manifests.job import EngineConfig
 from pipeline.plan import Plan
 from pipeline.samples.shards import ShardRow
 from pipeline.shard_table import ShardChanges
-from pipeline.work_items import item_blocks, num_threads, work_items
+from pipeline.work_items import item_blocks, num_lanes, num_threads, work_items
 
 PASSES = ("rows", "a.image", "b.image")
 
@@ -189,3 +189,11 @@ def test_an_item_has_a_block_and_no_more_than_two_minutes_work(flops, rows, thre
 def test_threads_are_those_of_the_job_or_of_the_machine():
     assert num_threads(EngineConfig(threads=3)) == 3
     assert num_threads(EngineConfig()) >= 1
+
+
+def test_lanes_leave_half_the_budget_to_blocks():
+    config = EngineConfig(threads=8, memory=2**30)
+    assert num_lanes("cpu", config, lane_bytes=2**20) == 8
+    assert num_lanes("cpu", config, lane_bytes=200 * 2**20) == 2
+    assert num_lanes("cpu", config, lane_bytes=2**32) == 1
+    assert num_lanes("cuda", config, lane_bytes=2**20) == 1
