@@ -117,9 +117,12 @@ class PassEntry(Strict):
 
 
 class BankState(Strict):
-    """What finalise found: the bank is whole when every committed count is complete."""
+    """What finalise found."""
 
-    complete: bool
+    complete: bool = Field(description="whether every pass has every block")
+    complete_passes: tuple[str, ...] = Field(
+        (), description="passes that have every block and were finalised with them"
+    )
     rows: int = Field(description="samples with a row, retired shards left out")
     committed_blocks: dict[str, int]
     valid: dict[str, int]

@@ -339,8 +339,10 @@ def finalise(store: Store, record: BankRecord) -> BankRecord:
         if not shard.retired
         for block in range(shard.first_block, shard.first_block + shard.blocks)
     }
+    whole = tuple(e.id for e in record.passes if live <= committed[e.id])
     state = BankState(
-        complete=all(live <= committed[entry.id] for entry in record.passes),
+        complete=len(whole) == len(record.passes),
+        complete_passes=whole,
         rows=num_rows,
         committed_blocks={name: len(blocks) for name, blocks in committed.items()},
         valid={entry.id: valid[entry.id] for entry in record.passes},

@@ -80,7 +80,7 @@ class Plan:
             and not self.changes.retired
             and not self.new_passes
             and state is not None
-            and state.complete
+            and set(self.wanted) <= set(state.complete_passes)
             and not any(self.missing_blocks().values())
         )
 

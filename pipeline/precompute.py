@@ -49,6 +49,7 @@ class Outcome:
         result: what this run did; empty where there was nothing to do.
         counters: Beam's, by name.
         removed: blocks that ``--repair`` gave up, as (pass, block).
+        wanted: passes that answer the job.
         was_done: whether the bank answered the job already.
     """
 
@@ -56,15 +57,16 @@ class Outcome:
     result: WorkResult = field(default_factory=WorkResult)
     counters: dict[str, int] = field(default_factory=dict)
     removed: list[tuple[str, int]] = field(default_factory=list)
+    wanted: tuple[str, ...] = ()
     was_done: bool = False
 
     @property
     def is_whole(self) -> bool:
-        """Whether the bank is complete and no shard was damaged."""
+        """Whether the bank answers the whole job and no shard was damaged."""
         state = self.record.state
         return (
             state is not None
-            and state.complete
+            and set(self.wanted) <= set(state.complete_passes)
             and not state.damaged_shards
             and not self.result.failures
         )
@@ -90,18 +92,23 @@ def _merge(store: Store, plan: Plan) -> bool:
     if changes.new:
         write_index(store, f"dataset/{plan.part}", changes.new)
     write_metadata(store, plan.record)
-    write_record(store, _unfinished(plan.record))
+    write_record(store, _unfinished(plan))
     return True
 
 
-def _unfinished(record: BankRecord) -> BankRecord:
+def _unfinished(plan: Plan) -> BankRecord:
     """Returns a record that no longer says it is complete: what was added must be
     finalised, even if a run is killed when all of it is computed.
     """
+    record = plan.record
     if record.state is None:
         return record
-    state = record.state.model_copy(update={"complete": False})
-    return record.model_copy(update={"state": state})
+    growing = {name for name, blocks in plan.missing_blocks().items() if blocks}
+    if plan.changes.new or plan.changes.retired:
+        growing |= {entry.id for entry in record.passes}
+    held = tuple(n for n in record.state.complete_passes if n not in growing)
+    update = {"complete": False, "complete_passes": held}
+    return record.model_copy(update={"state": record.state.model_copy(update=update)})
 
 
 def _remember(store: Store, plan: Plan) -> None:
@@ -235,7 +242,7 @@ def precompute(
         assert plan.existing is not None
         # A run that was killed in its last moment leaves a whole bank, but locked.
         clear_dead_lock(store)
-        return Outcome(plan.existing, was_done=True)
+        return Outcome(plan.existing, wanted=plan.wanted, was_done=True)
     run_id = new_run_id()
     missing = plan.missing_blocks()
     settings = {
@@ -260,7 +267,8 @@ def precompute(
     counters = _run_graph(store, run_id, options, missing, quiet)
     _, record = open_record(store.url)
     found = read_run(store, run_id).get("result", {})
-    return Outcome(record, WorkResult.model_validate(found), counters, removed)
+    result = WorkResult.model_validate(found)
+    return Outcome(record, result, counters, removed, plan.wanted)
 
 
 def _run_graph(

@@ -13,6 +13,7 @@ from typing import Any
 
 from manifests.bank import WorkItem
 from manifests.storage import Store
+from pipeline.bank.lock import died_here, make_owner
 
 
 def new_run_id() -> str:
@@ -35,12 +36,11 @@ def start_run(
 ) -> int:
     """Writes a run's work items and record; returns the number of items."""
     lines = [item.model_dump_json() for item in items]
-    data = gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
-    store.replace(items_path(run_id), data)
     record = {
         "run": run_id,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "host": platform.node(),
+        "owner": make_owner("run"),
         "user": os.environ.get("USER", ""),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -48,6 +48,8 @@ def start_run(
         **settings,
     }
     write_run(store, run_id, record)
+    data = gzip.compress("\n".join(lines).encode(), compresslevel=1, mtime=0)
+    store.replace(items_path(run_id), data)
     return len(lines)
 
 
@@ -67,7 +69,12 @@ def end_run(store: Store, run_id: str, result: Mapping[str, Any]) -> None:
     record = read_run(store, run_id)
     ended = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_run(store, run_id, {**record, "ended": ended, "result": dict(result)})
-    store.delete(items_path(run_id))
+    for other in list_runs(store):
+        # What a killed run was about to do is planned anew by whoever goes on.
+        if other["run"] == run_id or (
+            "ended" not in other and died_here(other.get("owner", {}))
+        ):
+            store.delete(items_path(other["run"]))
 
 
 def list_runs(store: Store) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ def _boot_id() -> str:
         return ""
 
 
-def _owner(purpose: str) -> dict[str, Any]:
+def make_owner(purpose: str) -> dict[str, Any]:
+    """Returns who this process is, so that others can tell whether it still runs."""
     return {
         "id": uuid.uuid4().hex,
         "purpose": purpose,
@@ -58,7 +59,7 @@ def _owner(purpose: str) -> dict[str, Any]:
     }
 
 
-def _died_here(owner: dict[str, Any]) -> bool:
+def died_here(owner: dict[str, Any]) -> bool:
     """Whether the owner was a process of this machine that no longer runs."""
     if owner.get("host") != platform.node() or not isinstance(owner.get("pid"), int):
         return False
@@ -94,7 +95,7 @@ def clear_dead_lock(store: Store) -> bool:
         Whether it did.
     """
     holder = read_lock(store)
-    if holder is None or not _died_here(holder):
+    if holder is None or not died_here(holder):
         return False
     # Only one process of this machine may look and remove at a time: a second one would
     # remove the lock that the first has taken in the meantime.
@@ -129,7 +130,7 @@ def bank_lock(store: Store, purpose: str, wait_s: float = 60.0) -> Iterator[None
     Raises:
         BankError: another run holds it, named with what to do.
     """
-    owner = _owner(purpose)
+    owner = make_owner(purpose)
     deadline = time.monotonic() + wait_s
     while not store.create(LOCK_PATH, json.dumps(owner).encode()):
         if clear_dead_lock(store):

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from manifests.job import Job
 from manifests.loading import load_job
 from manifests.storage import Store
+from pipeline.beam_options import check_options, complete_options
 from pipeline.estimate import Estimate, check_limits, estimate
 from pipeline.plan import Plan
 from pipeline.precompute import plan_with_progress
@@ -18,6 +19,8 @@ from teachonce.verbs import text
 def run(args: argparse.Namespace) -> int:
     """Prints the plan of a job; exit 1 where weights are missing. Writes nothing."""
     job = load_job(args.job, args.overrides)
+    if args.beam_options:
+        check_options(complete_options(args.beam_options))
     plan = plan_with_progress(job, needs_weights=False)
     numbers = estimate(plan)
     check_limits(plan, numbers, Store(job.bank))

@@ -66,5 +66,8 @@ def print_outcome(bank: str, outcome: Outcome) -> None:
         print(f"{result.failed_items} work items failed, shown are:", file=sys.stderr)
     for failure in result.failures:
         print(f"failed: {failure}", file=sys.stderr)
-    if not state.complete:
+    lacking = [name for name in state.valid if name not in state.complete_passes]
+    if set(lacking) & set(outcome.wanted):
         print("the bank is not complete: run the same command again", file=sys.stderr)
+    elif lacking:
+        print(f"not complete, and not of this job: {', '.join(lacking)}")

@@ -11,10 +11,11 @@ import yaml
 
 from manifests.errors import BankError
 from manifests.loading import load_job
+from manifests.storage import Store
 from pipeline.bank.open import open_bank
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
-from pipeline.precompute import Outcome, precompute
+from pipeline.precompute import Outcome, precompute, prepare
 from tests.conftest import POINTS_INPUT, POINTS_TEACHER
 
 NET = {
@@ -325,3 +326,20 @@ def test_a_card_and_licences_survive_a_job_that_says_none(bank, make_job):
     run_files = [json.loads(path.read_text()) for path in bank.glob("runs/*.json")]
     assert len(run_files) == 2
     assert yaml.safe_load((bank / "bank.json").read_text())["num_views"] == 1
+
+
+def test_a_job_is_done_while_another_jobs_passes_are_not(make_shards, make_job):
+    """Two jobs share a bank; one of them was killed before it computed anything."""
+    make_shards([11])
+    first = make_job()
+    assert run(first).is_whole
+    teachers = {"other": {**NET, "weights": "random:7"}}
+    second = make_job("second.yaml", teachers=teachers)
+    job = load_job(str(second))
+    prepare(job, Store(job.bank))
+    again = run(first)
+    assert again.was_done
+    assert again.is_whole
+    assert not again.record.state.complete
+    assert run(second).is_whole
+    assert run(first).record.state.complete

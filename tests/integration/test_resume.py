@@ -53,6 +53,8 @@ def check_resumed(bank, identity, before, done):
     after = commit_files(bank)
     assert {path: after[path] for path in before} == before
     assert not (bank / "lock.json").exists()
+    if not done["output"].startswith("nothing to do"):
+        assert not list(bank.glob("runs/*.items.jsonl.gz"))
     assert verify(*open_record(str(bank)), full=True).is_sound
     match = re.match(r"(\d+) blocks of passes committed", done["output"])
     assert int(match[1] if match else 0) == len(after) - len(before)

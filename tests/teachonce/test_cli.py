@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import teachonce
 from manifests.loading import load_job
@@ -370,3 +371,23 @@ def test_sizes_for_people(number, expected):
 def test_a_table():
     found = text.table(("a", "long"), [("xyz", 1), ("", "")])
     assert found == "a    long\n---  ----\nxyz  1\n"
+
+
+def test_plan_without_weights_says_so(make_shards, make_job, tmp_path, capsys):
+    """Shapes need no weights: the numbers come out, and what is missing is named."""
+    make_shards([3])
+    teachers = yaml.safe_load(make_job().read_text())["teachers"]
+    teachers["net"]["weights"] = "./nowhere.pt"
+    path = make_job(teachers=teachers)
+    assert main(["plan", str(path)]) == 1
+    said = capsys.readouterr()
+    assert "net/image/16x16/logits" in said.out
+    assert "missing  teachers.net.weights must be a file" in said.err
+    assert not (tmp_path / "bank").exists()
+    assert main(["precompute", str(path)]) == 2
+
+
+def test_plan_checks_beam_options(make_shards, make_job, capsys):
+    make_shards([3])
+    assert main(["plan", str(make_job()), "--", "--runner=NoRunner"]) == 2
+    assert "NoRunner" in capsys.readouterr().err
