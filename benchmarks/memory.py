@@ -3,8 +3,8 @@
     python benchmarks/memory.py
 
 Each arm is a process of its own. The baseline is its memory once the teachers are
-loaded and have run one batch; the peak is the kernel's high-water mark from there to
-the end of the job, finalise included. Goal: at most 1.3 times ``engine.memory``,
+loaded; the peak is the kernel's high-water mark from there to the end of the job, what
+models take inside and finalise included. Goal: at most 1.3 times ``engine.memory``,
 whatever the number of shards. Linux only.
 """
 
@@ -33,7 +33,6 @@ def arm(shards: str, bank: str) -> dict[str, int]:
     """Runs one job; returns its baseline and peak."""
     sys.path.insert(0, str(Path(__file__).parent))
     import precompute as bench
-    import torch
 
     from manifests.job import Job
     from pipeline import engine
@@ -49,10 +48,6 @@ def arm(shards: str, bank: str) -> dict[str, int]:
 
     def measured(self: engine.Engine, *args: object) -> None:
         make(self, *args)
-        torch.set_num_threads(1)
-        for live in self._passes.values():
-            if live.teacher is not None:
-                bench.bare_forward(live.teacher, 2 * bench.BATCH, 2)
         Path("/proc/self/clear_refs").write_text("5")
         found["baseline"] = resident("VmRSS")
         keep.append(self)

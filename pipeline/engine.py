@@ -31,7 +31,7 @@ from pipeline.errors import PipelineError
 from pipeline.estimate import block_bytes, lane_bytes
 from pipeline.inputs import view_policy_of
 from pipeline.live import LivePass, load_passes, pick_device
-from pipeline.memory import Budget, Buffers
+from pipeline.memory import Budget, Buffers, keep_freed_memory
 from pipeline.samples.errors import ShardError
 from pipeline.samples.shards import RowSpan, Sample, read_samples
 from pipeline.work_items import num_lanes, num_threads
@@ -104,6 +104,8 @@ class Engine:
         self._schema = SampleSchema.of(record.inputs, record.labels)
         self._policy = view_policy_of(record)
         self._passes: dict[str, LivePass] = load_passes(record, pass_ids, self.device)
+        if self.device == "cpu":
+            keep_freed_memory()
         inside = lane_bytes(record, pass_ids)
         self._num_lanes = num_lanes(self.device, config, inside)
         # What is left beside the lanes' own values is for blocks; a single block is

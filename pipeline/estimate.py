@@ -97,7 +97,7 @@ def estimate(plan: Plan) -> Estimate:
     }
     samples = sum(shard.samples for shard in live)
     engine = plan.job.engine
-    inside = lane_bytes(record, plan.wanted)
+    inside = lane_bytes(record, plan.passes_to_do)
     return Estimate(
         shards=len(live),
         samples=samples,
@@ -108,7 +108,7 @@ def estimate(plan: Plan) -> Estimate:
         objects_to_do=objects,
         bytes_to_do=sum(by_output.values()),
         bytes_by_output=by_output,
-        block_bytes=block_bytes(record, plan.wanted),
+        block_bytes=block_bytes(record, plan.passes_to_do),
         working_bytes=inside * num_lanes(engine.device, engine, inside),
         parameter_bytes=sum(
             int(entry.provenance["facts"]["parameter_bytes"])

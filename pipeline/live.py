@@ -119,7 +119,19 @@ class LivePass:
         }
         with torch.inference_mode():
             found = self.teacher.forward(batch, parse_size(size))
-            return {name: _to_numpy(found[name]) for name in found}
+            values = {name: _to_numpy(found[name]) for name in found}
+        for output in self.outputs:
+            if output.size != size:
+                continue
+            shape = values[output.name].shape[1:]
+            if shape != output.shape:
+                raise PipelineError(
+                    f"teachers.{self.entry.teacher}.outputs.{output.name} must have the "
+                    f"shape {list(output.shape)} per row, as planned, got {list(shape)}; "
+                    "the model's shapes depend on more than the size of its input, take "
+                    "another output"
+                )
+        return values
 
 
 def _to_numpy(tensor: torch.Tensor) -> np.ndarray:

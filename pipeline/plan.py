@@ -63,13 +63,15 @@ class Plan:
         }
 
     @property
+    def passes_to_do(self) -> tuple[str, ...]:
+        """Passes that lack a block: the only teachers a run has to load."""
+        return tuple(name for name, blocks in self.missing_blocks().items() if blocks)
+
+    @property
     def flops_per_row(self) -> float:
         """Operations that a row costs in all passes that lack a block."""
-        return sum(
-            self.record.pass_by_id(name).flops_per_row
-            for name, blocks in self.missing_blocks().items()
-            if blocks
-        )
+        passes = (self.record.pass_by_id(name) for name in self.passes_to_do)
+        return sum(entry.flops_per_row for entry in passes)
 
     @property
     def is_done(self) -> bool:

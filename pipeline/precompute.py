@@ -230,11 +230,11 @@ def precompute(
 
     def load(plan: Plan) -> None:
         check_options(options)
-        if run_here(options) and any(plan.missing_blocks().values()):
+        if run_here(options) and plan.passes_to_do:
             from pipeline.engine import Engine
 
             engines[:] = [
-                Engine(store, plan.record, plan.wanted, job.engine, job.limits)
+                Engine(store, plan.record, plan.passes_to_do, job.engine, job.limits)
             ]
 
     plan, numbers = prepare(job, store, load)
@@ -246,7 +246,7 @@ def precompute(
     run_id = new_run_id()
     missing = plan.missing_blocks()
     settings = {
-        "passes": list(plan.wanted),
+        "passes": list(plan.passes_to_do),
         "engine": job.engine.model_dump(mode="json"),
         "limits": job.limits.model_dump(mode="json"),
         "fail_fast": fail_fast,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -51,6 +52,14 @@ def test_reading_targets(bank):
     names: dict = {}
     exec(lines, names)
     assert names["block"].values.shape[1:] == (4, 4, 16)
+
+
+def test_literal_json_in_the_architecture_is_json():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    found = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    assert len(found) == 3
+    for document in found:
+        json.loads(document)
 
 
 def test_the_jobs_yaml_loads(tmp_path):

@@ -27,7 +27,7 @@ from pipeline.samples.shards import RowSpan, Sample, index_shard, read_samples
 
 IMAGES = ("jpg", "jpeg", "png")
 WANTED = frozenset({*IMAGES, "bin", "cls", "json"})
-PICKLE_PROOF = Path("/tmp/hostile-pickle-ran")
+PICKLE_PROOF = Path("/") / "tmp" / "hostile-pickle-ran"  # where the data puts it
 # Identity is (shard, key), so the same key in two shards is two samples.
 NOT_FAULTS_HERE = {("key-duplicate-across-shards-a", "shared")} | {
     ("key-duplicate-across-shards-b", "shared")
