@@ -125,11 +125,11 @@ class LivePass:
                 continue
             shape = values[output.name].shape[1:]
             if shape != output.shape:
+                name = f"teachers.{self.entry.teacher}.outputs.{output.name}"
                 raise PipelineError(
-                    f"teachers.{self.entry.teacher}.outputs.{output.name} must have the "
-                    f"shape {list(output.shape)} per row, as planned, got {list(shape)}; "
-                    "the model's shapes depend on more than the size of its input, take "
-                    "another output"
+                    f"{name} must have the shape {list(output.shape)} per row, as "
+                    f"planned, got {list(shape)}; the model's shapes depend on more "
+                    "than the size of its input, take another output"
                 )
         return values
 

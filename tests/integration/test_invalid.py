@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import yaml
 
 from manifests.bank import Commit
 from pipeline.bank.open import open_bank
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
+from pipeline.errors import PipelineError
 from teachonce.cli import main
 from tests.conftest import POINTS_INPUT, POINTS_TEACHER, jpeg, sweep, write_tar
 
@@ -212,3 +214,22 @@ def test_a_commit_stays_small(tmp_path, make_job, run):
         content = Commit.model_validate_json(path.read_text()).content
         invalid = {row for rows in content.invalid.values() for row in rows}
         assert content.valid + len(invalid) == content.rows
+
+
+def test_a_model_whose_shapes_are_not_as_planned_is_named(tmp_path, make_job, run):
+    """Shapes that hang on the pixels cannot be told from shapes alone."""
+    write_tar(tmp_path / "data/train-00000.tar", [("a.jpg", jpeg(1))])
+    job = make_job()
+    (tmp_path / "nets.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        extra = 0 if x.is_meta or not x.sum() else 1\n"
+        "        return torch.ones(len(x), 5 + extra, device=x.device)\n"
+    )
+    fields = yaml.safe_load(job.read_text())
+    fields["teachers"]["net"]["outputs"] = {"logits": {}}
+    job.write_text(yaml.safe_dump(fields))
+    with pytest.raises(PipelineError, match=r"must have the shape \[5\] per row"):
+        run(job)
