@@ -7,10 +7,8 @@ engine's business; every method may be called from any thread.
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
 import numpy as np
@@ -23,15 +21,10 @@ from manifests.bank import (
     WorkItem,
     WorkResult,
 )
-from manifests.errors import BankError
 from manifests.storage import Store
+from pipeline.bank.adoption import adopt_object, refuse_orphan
 from pipeline.bank.arrays import ArraySpec, object_name
-from pipeline.bank.objects import (
-    decode_object,
-    encode_object,
-    object_crc32c,
-    object_size,
-)
+from pipeline.bank.objects import encode_object, object_crc32c, object_size
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import RowFacts, encode_rows, object_path
 from pipeline.decoding import DecodedSample, SampleSchema, decode_sample
@@ -40,36 +33,10 @@ from pipeline.memory import Buffers
 from pipeline.samples.points import points_in_view
 from pipeline.samples.shards import Sample
 from pipeline.samples.views import View, ViewPolicy, draw_view
+from pipeline.stopwatch import Stopwatch
 from teachers.preprocess import prepare
 
 OutputKey = tuple[StoredOutput, int]
-
-
-class Stopwatch:
-    """Seconds by stage, added up over threads."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._lock = threading.Lock()
-
-    def add(self, stage: str, seconds: float) -> None:
-        """Adds to one stage."""
-        with self._lock:
-            self._seconds[stage] += seconds
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to one stage."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, time.perf_counter() - started)
-
-    def seconds(self) -> dict[str, float]:
-        """Returns seconds by stage."""
-        with self._lock:
-            return {name: round(value, 6) for name, value in self._seconds.items()}
 
 
 class BlockWork:
@@ -316,7 +283,7 @@ class BlockWork:
         path = object_path(live.entry.id, self.span.block)
         with self._watch.stage("write"):
             if not store.create(path, data) and store.read(path) != data:
-                raise _differs(store, path)
+                raise refuse_orphan(store, path)
         self._bytes_written += len(data)
         return {path: (len(data), object_crc32c([data]))}
 
@@ -366,7 +333,7 @@ class BlockWork:
         path = f"{FEATURES}/{object_name(spec, self.span.block, view)}"
         with self._watch.stage("write"):
             if not store.create(path, parts):
-                size, crc = _adopt(store, path, spec, (size, crc), usable)
+                size, crc = adopt_object(store, path, spec, (size, crc), usable)
         with self._lock:
             self._bytes_written += size
         return path, size, crc
@@ -439,37 +406,3 @@ def _padded(rows: np.ndarray, batch: int) -> np.ndarray:
     full = np.zeros((batch, *rows.shape[1:]), rows.dtype)
     full[: len(rows)] = rows
     return full
-
-
-def _differs(store: Store, path: str) -> BankError:
-    return BankError(
-        f"{store.url_of(path)} is there already, uncommitted and with other contents; "
-        "run the same command with --repair, it removes what no commit names"
-    )
-
-
-def _adopt(
-    store: Store,
-    path: str,
-    spec: ArraySpec,
-    computed: tuple[int, int],
-    usable: np.ndarray,
-) -> tuple[int, int]:
-    """Returns size and crc32c of an object that an earlier attempt left, once checked.
-
-    Equal bytes are taken at once. An attempt on an accelerator may differ in the last
-    bits: it is kept if it is whole and the same rows are missing in it.
-    """
-    data = store.read(path)
-    stored = (len(data), object_crc32c([data]))
-    if stored != computed:
-        try:
-            rows = decode_object(data, spec)
-        except BankError as error:
-            raise _differs(store, path) from error
-        fill = spec.fill_value
-        flat = rows.reshape(len(rows), -1)
-        same = flat == fill if fill == fill else np.isnan(flat)
-        if not np.array_equal(~same.all(axis=1), usable):
-            raise _differs(store, path)
-    return stored

@@ -25,7 +25,7 @@ from manifests.job import EngineConfig, LimitsConfig
 from manifests.storage import Store
 from pipeline.bank.commits import write_commit
 from pipeline.bank.record import open_record
-from pipeline.block_work import BlockWork, Stopwatch
+from pipeline.block_work import BlockWork
 from pipeline.decoding import SampleSchema
 from pipeline.errors import PipelineError
 from pipeline.estimate import block_bytes, lane_bytes
@@ -34,6 +34,7 @@ from pipeline.live import LivePass, load_passes, pick_device
 from pipeline.memory import Budget, Buffers, keep_freed_memory
 from pipeline.samples.errors import ShardError
 from pipeline.samples.shards import RowSpan, Sample, read_samples
+from pipeline.stopwatch import Stopwatch
 from pipeline.work_items import num_lanes, num_threads
 
 SMALLEST_JUDGED_ITEM = 50
