@@ -39,6 +39,11 @@ class ShardEntry(Strict):
         False, description="its bytes changed; a later entry holds them"
     )
 
+    @property
+    def block_numbers(self) -> range:
+        """Numbers of the blocks it owns in the bank."""
+        return range(self.first_block, self.first_block + self.blocks)
+
 
 class InputEntry(Strict):
     """An input as the bank knows it: its job entry and what was decided about it."""
@@ -148,6 +153,16 @@ class BankRecord(Strict):
         default_factory=dict, description="digest of a teacher's request to its passes"
     )
     state: BankState | None = None
+
+    @property
+    def live_blocks(self) -> list[int]:
+        """Numbers of the blocks of shards that are not retired, ascending."""
+        return [
+            block
+            for shard in self.shards
+            if not shard.retired
+            for block in shard.block_numbers
+        ]
 
     @property
     def num_blocks(self) -> int:

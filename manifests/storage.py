@@ -163,13 +163,6 @@ class Store:
                 return None
             raise
 
-    def read_range(self, path: str, start: int, end: int) -> bytes:
-        """Returns bytes [start, end) of one object."""
-        try:
-            return bytes(self._fs.cat_file(self._key(path), start=start, end=end))
-        except Exception as error:
-            raise explain(error, "read", self.url_of(path)) from error
-
     def size(self, path: str) -> int | None:
         """Returns an object's size in bytes, or None where it does not exist."""
         try:

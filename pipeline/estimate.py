@@ -9,6 +9,7 @@ from manifests.bank import BankRecord, OutputEntry, PassEntry
 from manifests.storage import Store
 from pipeline import sizing
 from pipeline.bank.arrays import ArraySpec
+from pipeline.bank.layout import level_path
 from pipeline.errors import PipelineError
 from pipeline.plan import Plan
 from pipeline.work_items import num_lanes
@@ -86,7 +87,7 @@ def estimate(plan: Plan) -> Estimate:
         if not entry.outputs:
             objects += len(missing)
         for output in entry.outputs:
-            folder = f"{entry.teacher}/{entry.group}/{output.size}/{output.name}"
+            folder = f"{level_path(entry, output.size)}/{output.name}"
             stored = rows * output_row_bytes(output) * len(entry.views)
             by_output[folder] = by_output.get(folder, 0) + stored
             objects += len(missing) * len(entry.views) * len(output.arrays)

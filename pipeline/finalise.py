@@ -333,12 +333,7 @@ def finalise(store: Store, record: BankRecord) -> BankRecord:
                     invalid[entry.id][reason] += 1
     rows.flush()
     index.flush()
-    live = {
-        block
-        for shard in record.shards
-        if not shard.retired
-        for block in range(shard.first_block, shard.first_block + shard.blocks)
-    }
+    live = set(record.live_blocks)
     whole = tuple(e.id for e in record.passes if live <= committed[e.id])
     state = BankState(
         complete=len(whole) == len(record.passes),

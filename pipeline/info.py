@@ -36,11 +36,7 @@ def _variance(store: Store, path: str) -> np.ndarray | None:
 def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
     """Returns all that `info` prints, as JSON values."""
     live = [shard for shard in record.shards if not shard.retired]
-    blocks = {
-        block
-        for shard in live
-        for block in range(shard.first_block, shard.first_block + shard.blocks)
-    }
+    blocks = set(record.live_blocks)
     stored: dict[str, int] = {}
     if record.state is not None:
         table = read_blocks(store)

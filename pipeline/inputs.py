@@ -34,15 +34,6 @@ def members_of(config: InputConfig) -> tuple[str, ...]:
     return tuple(name.lower() for name in names)
 
 
-def wanted_members(
-    inputs: Sequence[InputConfig], labels: Sequence[str], metadata: str | None
-) -> frozenset[str]:
-    """Returns every extension that reading a sample needs."""
-    found = {name for config in inputs for name in members_of(config)}
-    found |= {name.lower() for name in labels}
-    return frozenset(found | ({metadata.lower()} if metadata else set()))
-
-
 def _probe(shards: Iterable[ProbedShard], config: ImageInput) -> list[float]:
     """Returns width over height of the first images that have a readable header."""
     aspects: list[float] = []

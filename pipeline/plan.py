@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from manifests.bank import BankRecord, InputEntry, PassEntry
@@ -49,18 +50,17 @@ class Plan:
         """Stem of the index part that the new shards will lie in."""
         return _next_part(self.existing)
 
-    def missing_blocks(self) -> dict[str, list[int]]:
-        """Returns the blocks each wanted pass still lacks, retired shards left out."""
-        live = [
-            block
-            for shard in self.record.shards
-            if not shard.retired
-            for block in range(shard.first_block, shard.first_block + shard.blocks)
-        ]
+    @cached_property
+    def _missing(self) -> dict[str, list[int]]:
+        live = self.record.live_blocks
         return {
             name: [b for b in live if b not in self.committed.get(name, frozenset())]
             for name in self.wanted
         }
+
+    def missing_blocks(self) -> dict[str, list[int]]:
+        """Returns the blocks each wanted pass still lacks, retired shards left out."""
+        return self._missing
 
     @property
     def passes_to_do(self) -> tuple[str, ...]:

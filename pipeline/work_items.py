@@ -70,8 +70,7 @@ def work_items(
             lacking.setdefault(block, []).append(name)
     size = plan.record.block_rows
     for shard in plan.record.shards:
-        own = range(shard.first_block, shard.first_block + shard.blocks)
-        todo = [block for block in own if block in lacking]
+        todo = [block for block in shard.block_numbers if block in lacking]
         if not todo:
             continue
         rows = rows_of(shard)

@@ -129,18 +129,13 @@ def write_statistics(
 
     Only for the holder of the bank's lock.
     """
-    retired = {
-        block
-        for shard in record.shards
-        if shard.retired
-        for block in range(shard.first_block, shard.first_block + shard.blocks)
-    }
+    live = set(record.live_blocks)
     masks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path, entry, output in layout.outputs(record):
         if output.encoding["encoding"] == "topk":
             continue
         if entry.id not in masks:
-            masks[entry.id] = _valid_rows(store, record, entry, committed, retired)
+            masks[entry.id] = _valid_rows(store, record, entry, committed, live)
         blocks, valid = masks[entry.id]
         sample = OutputSample(store, output, entry.first_view, blocks, valid)
         channels = output.shape[-1]
@@ -157,9 +152,9 @@ def _valid_rows(
     record: BankRecord,
     entry: PassEntry,
     committed: Mapping[str, set[int]],
-    retired: set[int],
+    live: set[int],
 ) -> tuple[np.ndarray, np.ndarray]:
-    blocks = sorted(committed[entry.id] - retired)
+    blocks = sorted(committed[entry.id] & live)
     valid = np.zeros((len(blocks), record.block_rows), np.bool_)
     for number, content in enumerate(read_commits(store, entry.id, blocks)):
         valid[number, : content.rows] = True

@@ -116,12 +116,7 @@ def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport
     report = VerifyReport()
     sizes = _list_objects(store, record)
     named: set[str] = set()
-    live = {
-        block
-        for shard in record.shards
-        if not shard.retired
-        for block in range(shard.first_block, shard.first_block + shard.blocks)
-    }
+    live = set(record.live_blocks)
     lines: dict[tuple[str, int], tuple[tuple[str, int, int], ...]] = {}
     for entry in record.passes:
         blocks = sorted(list_commits(store, entry.id))

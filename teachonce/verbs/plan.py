@@ -9,6 +9,7 @@ from dataclasses import asdict
 from manifests.job import Job
 from manifests.loading import load_job
 from manifests.storage import Store
+from pipeline.bank.layout import level_path
 from pipeline.beam_options import check_options, complete_options
 from pipeline.estimate import Estimate, check_limits, estimate
 from pipeline.plan import Plan
@@ -64,7 +65,7 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
     rows = []
     for entry in plan.record.passes:
         for output in entry.outputs:
-            path = f"{entry.teacher}/{entry.group}/{output.size}/{output.name}"
+            path = f"{level_path(entry, output.size)}/{output.name}"
             todo = numbers.bytes_by_output.get(path, 0)
             rows.append(
                 (
