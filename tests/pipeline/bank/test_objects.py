@@ -12,7 +12,7 @@ import pytest
 import tensorstore
 import xarray
 import zarr
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from manifests.errors import BankError
@@ -260,6 +260,8 @@ def sealed(payloads, spec):
 @given(payload=st.binary(max_size=80))
 def test_chunks_that_are_not_the_codecs_are_a_bank_error(codec, payload):
     spec = make_spec(codec=codec)
+    # Without a codec any bytes of a chunk's length are a chunk.
+    assume(codec != "none" or len(payload) != spec.chunk_bytes)
     magic = b"\x28\xb5\x2f\xfd" if codec == "zstd" else b""
     with pytest.raises(BankError, match="chunk 0"):
         decode_object(sealed([magic + payload] * 4, spec), spec)
