@@ -177,6 +177,22 @@ class PreprocessConfig(Strict):
     unit_sphere: bool | None = Field(None, description="divide x, y, z by the radius")
 
 
+class BevExtent(Strict):
+    """Where a bird's-eye grid lies: rows run along x, columns along y of the LiDAR."""
+
+    x_m: tuple[float, float] = Field(description="lowest and highest x, metres")
+    y_m: tuple[float, float] = Field(description="lowest and highest y, metres")
+    row_0: Literal["x_max", "x_min"] = Field("x_max", description="what row 0 is")
+    column_0: Literal["y_max", "y_min"] = Field("y_max", description="what column 0 is")
+
+    @field_validator("x_m", "y_m")
+    @classmethod
+    def _ordered(cls, pair: tuple[float, float]) -> tuple[float, float]:
+        if not pair[0] < pair[1]:
+            raise ValueError(f"must be low < high, got {list(pair)}")
+        return pair
+
+
 class OutputConfig(Strict):
     """One output of a teacher and how it is stored."""
 
@@ -205,6 +221,9 @@ class OutputConfig(Strict):
     )
     grid: tuple[int, int] | None = Field(
         None, description="module family: grid of an nlc output, (y, x)"
+    )
+    extent: BevExtent | None = Field(
+        None, description="of a bird's-eye grid: what it covers, in metres"
     )
 
     @model_validator(mode="before")

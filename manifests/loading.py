@@ -237,8 +237,16 @@ def _resolve_teacher(where: str, config: TeacherConfig, base: str) -> TeacherCon
     return config.model_copy(update=changes)
 
 
-def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
-    """Returns the job at ``path`` with overrides applied and every path absolute.
+def load_yaml(
+    model: type[Model], path: str, overrides: Sequence[str], what: str
+) -> Model:
+    """Returns the document at ``path`` with overrides applied, its paths as written.
+
+    Args:
+        model: of the document.
+        path: of the YAML.
+        overrides: ``key=value``, dotted.
+        what: a name for messages, such as ``job``.
 
     Raises:
         ManifestError: the file is missing, is not YAML or has a wrong field.
@@ -246,15 +254,28 @@ def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
     try:
         text = read_url(path)
     except StorageError as error:
-        raise ManifestError(f"cannot read the job: {error}") from error
+        raise ManifestError(f"cannot read the {what}: {error}") from error
     data = parse_yaml(text, path)
     apply_overrides(data, overrides)
-    job = parse_document(Job, data, path)
-    base = folder_of(path)
-    shards = job.dataset.shards
+    return parse_document(model, data, path)
+
+
+def resolve_patterns(shards: str | Sequence[str], base: str) -> list[str]:
+    """Returns patterns of shards as absolute paths or URLs."""
     patterns = [shards] if isinstance(shards, str) else shards
+    return [resolve_path(pattern, base) for pattern in patterns]
+
+
+def load_job(path: str, overrides: Sequence[str] = ()) -> Job:
+    """Returns the job at ``path`` with overrides applied and every path absolute.
+
+    Raises:
+        ManifestError: the file is missing, is not YAML or has a wrong field.
+    """
+    job = load_yaml(Job, path, overrides, "job")
+    base = folder_of(path)
     dataset = job.dataset.model_copy(
-        update={"shards": [resolve_path(pattern, base) for pattern in patterns]}
+        update={"shards": resolve_patterns(job.dataset.shards, base)}
     )
     teachers = {
         name: _resolve_teacher(f"{path}: teachers.{name}", config, base)

@@ -86,27 +86,45 @@ def parse_yaml(text: bytes, where: str) -> dict[str, Any]:
 
 
 def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Sets ``a.b.c=value`` in nested mappings, values read as YAML.
+    """Sets ``a.b.c=value``, values read as YAML; a number is a place in a list.
 
     Raises:
-        ManifestError: an override has no '=' or walks through a value.
+        ManifestError: an override has no '=', walks through a value, or names a place
+            that its list does not have.
     """
     for text in overrides:
         path, equals, value = text.partition("=")
         *parents, last = path.split(".")
         if not equals or not all([*parents, last]):
             raise ManifestError(f"override must be key=value, got {text!r}")
-        target = data
+        target: dict[str, Any] | list[Any] = data
         for parent in parents:
-            if target.get(parent) is None:
+            if isinstance(target, dict) and target.get(parent) is None:
                 target[parent] = {}
-            target = target[parent]
-            if not isinstance(target, dict):
+            target = _child(target, parent, text)
+            if not isinstance(target, (dict, list)):
                 raise ManifestError(
                     f"override {text!r}: {parent} is a value, not a mapping; give the "
                     "whole of it"
                 )
         try:
-            target[last] = _load_yaml(value)
+            parsed = _load_yaml(value)
         except (yaml.YAMLError, ValueError) as error:
             raise ManifestError(f"override {text!r}: the value is not YAML") from error
+        if isinstance(target, list):
+            _child(target, last, text)
+            target[int(last)] = parsed
+        else:
+            target[last] = parsed
+
+
+def _child(target: dict[str, Any] | list[Any], step: str, text: str) -> Any:
+    """Returns what stands at one step of an override's path."""
+    if isinstance(target, dict):
+        return target[step]
+    if not step.isdecimal() or int(step) >= len(target):
+        raise ManifestError(
+            f"override {text!r}: {step} must be a place in a list of {len(target)}, "
+            "counted from 0"
+        )
+    return target[int(step)]

@@ -1,0 +1,372 @@
+"""The recipe: the YAML that trains a student; and the probe: the YAML that scores it.
+
+Owns the models of their fields, with defaults and the rules that need no bank. What
+only a bank can tell (whether a target exists, whether its grid can match) is
+``student_train``'s to check.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from manifests.job import BevExtent, ImageSize, Strict, check_name
+
+DATA = "data"
+LABELS = "labels"
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
+Size = Annotated[int, Field(ge=1, le=65535)] | ImageSize
+
+
+class RowsConfig(Strict):
+    """Which rows of a bank: all of its shards' samples, narrowed by each field given.
+
+    ``share`` and ``limit`` go by a hash of (shard, key), so that they mean the same
+    rows in every bank of the same data, whatever else lies in it.
+    """
+
+    shards: list[str] | None = Field(
+        None, min_length=1, description="patterns of shard names, such as train-*"
+    )
+    keys: str | None = Field(
+        None, description="file of keys, one a line, as KEY or SHARD<tab>KEY"
+    )
+    share: tuple[float, float] | None = Field(
+        None, description="[low, high) of the rows, as shares of 1"
+    )
+    limit: int | None = Field(None, ge=1, description="at most so many rows")
+
+    @field_validator("share")
+    @classmethod
+    def _is_share(cls, share: tuple[float, float] | None) -> tuple[float, float] | None:
+        if share is not None and not 0 <= share[0] < share[1] <= 1:
+            raise ValueError(f"must be 0 <= low < high <= 1, got {list(share)}")
+        return share
+
+
+class MapLabel(Strict):
+    """A label for every pixel or cell: a PNG member of each sample.
+
+    It follows the view of its image; or it lies on a bird's-eye grid, whose ``extent``
+    says where.
+    """
+
+    member: str = Field(description="extension of the member, such as seg.png")
+    input: str | None = Field(
+        None, description="image input whose pixels it labels; omitted with `extent`"
+    )
+    extent: BevExtent | None = Field(
+        None, description="where its bird's-eye grid lies, in metres"
+    )
+    num_classes: int | None = Field(
+        None, ge=1, description="pixels are class indices; omitted: numbers"
+    )
+    ignore: list[int] = Field(
+        default_factory=list, description="pixel values that are no label"
+    )
+    scale: float = Field(
+        1.0, gt=0, description="numbers only: unit of a pixel value, e.g. 0.01 metres"
+    )
+    log: bool = Field(False, description="numbers only: learn and score the logarithm")
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> MapLabel:
+        if (self.input is None) == (self.extent is None):
+            raise ValueError("give `input` (labels its pixels) or `extent`, not both")
+        if self.num_classes is not None and (self.log or self.scale != 1.0):
+            raise ValueError("`scale` and `log` are of numbers, not of classes")
+        return self
+
+
+class DataConfig(Strict):
+    """The reader's own copy of the raw data, and which rows of it."""
+
+    shards: str | list[str] | None = Field(
+        None, description="where the shards lie now; omitted: where the bank found them"
+    )
+    rows: RowsConfig = Field(default_factory=RowsConfig)
+    labels: dict[str, MapLabel] = Field(
+        default_factory=dict, description="dense labels that the bank does not hold"
+    )
+
+
+class StudentConfig(Strict):
+    """The model trained."""
+
+    model: str = Field(description="timm:NAME, or module:FILE.py:CLASS")
+    input: str = Field(description="image input of the bank that it looks at")
+    weights: str | None = Field(
+        None,
+        description="a file, `pretrained`, `random` or `random:SEED`; omitted: random "
+        "from the recipe's seed",
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict, description="keyword arguments of its constructor"
+    )
+    interpolation: Interpolation = Field(
+        "bicubic", description="filter of the one resize"
+    )
+
+    @field_validator("model")
+    @classmethod
+    def _has_family(cls, model: str) -> str:
+        family, colon, name = model.partition(":")
+        if family not in ("timm", "module") or not colon or not name:
+            raise ValueError(f"must be timm:NAME or module:FILE.py:CLASS, got {model}")
+        return model
+
+
+class HeadConfig(Strict):
+    """From the student's tokens to one target."""
+
+    kind: Literal["adapter", "linear", "bev"] = Field(
+        "adapter",
+        description="EUPE's two-layer adapter; one layer; camera tokens to a "
+        "bird's-eye grid",
+    )
+    hidden: int | None = Field(
+        None, ge=1, description="width of the hidden layer; omitted: 4 x the tokens'"
+    )
+    heights_m: tuple[float, ...] = Field(
+        (-1.5, -0.5, 0.5),
+        min_length=1,
+        description="bev: heights at which a cell looks into the image, LiDAR z",
+    )
+
+
+class LossConfig(Strict):
+    """One term of a target's loss."""
+
+    weight: float = Field(1.0, ge=0)
+    beta: float | None = Field(None, gt=0, description="smooth_l1: where it bends")
+    temperature: float | None = Field(None, gt=0, description="kl: of both softmaxes")
+    label_smoothing: float | None = Field(
+        None, ge=0, lt=1, description="cross_entropy: share spread over all classes"
+    )
+
+
+class TargetConfig(Strict):
+    """One thing the student learns: a teacher's output, or a label."""
+
+    source: str = Field(
+        alias="from",
+        description="<bank>/<teacher>/<output> (with /<group> or /<group>/<size> "
+        "between where there are several), <bank>/labels/<name>, data/<label>",
+    )
+    head: HeadConfig = Field(default_factory=HeadConfig)
+    loss: dict[str, LossConfig] = Field(
+        min_length=1, description="loss to its weight, or to its weight and parameters"
+    )
+    tokens: Literal["cls", "pooled", "patch"] | None = Field(
+        None, description="of the student; omitted: patch for grids, else cls or pooled"
+    )
+    grid: Literal["larger", "smaller", "student", "teacher"] = Field(
+        "larger", description="grid that the loss is taken on"
+    )
+    weight: float = Field(1.0, ge=0, description="of the whole target")
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _weights_alone(cls, loss: Any) -> Any:
+        if not isinstance(loss, dict):
+            return loss
+        return {
+            name: {"weight": value}
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+            else value
+            for name, value in loss.items()
+        }
+
+
+class LoaderConfig(Strict):
+    """How rows reach the student; what it learns depends on window_blocks and view."""
+
+    threads: int | None = Field(
+        None, ge=1, description="that read and decode; omitted: the cores there are"
+    )
+    workers: int = Field(
+        0, ge=0, description="processes that read and decode; 0: threads alone"
+    )
+    window_blocks: int = Field(
+        8, ge=1, description="blocks that rows are drawn from at a time"
+    )
+    view: Literal["epoch"] | Annotated[int, Field(ge=0)] = Field(
+        "epoch", description="another random view each epoch, or always the same one"
+    )
+    prefetch: int = Field(3, ge=1, description="batches made ahead")
+
+
+class OptimizerConfig(Strict):
+    """AdamW or SGD with momentum; the learning rate is each stage's."""
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = Field(
+        1.0e-4, ge=0, description="not on norms, biases and tokens"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="adamw")
+    eps: float = Field(1.0e-8, gt=0, description="adamw")
+    momentum: float = Field(0.9, ge=0, lt=1, description="sgd")
+    nesterov: bool = Field(True, description="sgd")
+    clip_norm: float | None = Field(
+        3.0, gt=0, description="largest norm of the gradient; null: none"
+    )
+
+
+class StageConfig(Strict):
+    """One stretch of training; each stage goes on from the one before."""
+
+    name: str = "train"
+    steps: int | None = Field(None, ge=1, description="or epochs")
+    epochs: int | None = Field(None, ge=1, description="or steps")
+    batch: int = Field(ge=1, description="samples of a step, over all ranks")
+    lr: float = Field(gt=0, description="highest learning rate")
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    final_lr: float = Field(0.0, ge=0, le=1, description="share of lr at the end")
+    size: Size | list[Size] | None = Field(
+        None,
+        description="of the student's input: side in pixels (fitted to the view's "
+        "aspect), or [[height, width]]; of several one is drawn each step",
+    )
+
+    @model_validator(mode="after")
+    def _has_length(self) -> StageConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give `steps` or `epochs`, one of them")
+        if self.steps is not None and self.warmup_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be fewer than steps ({self.steps}), got "
+                f"{self.warmup_steps}"
+            )
+        return self
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _pairs_are_sizes(cls, size: Any) -> Any:
+        # [256, 384] are two sizes, as in [256, 384, 512]; one of height and width is
+        # written [[256, 384]].
+        if isinstance(size, (int, type(None))):
+            return size
+        if not isinstance(size, (list, tuple)) or not size:
+            raise ValueError(f"must be 256, [256, 384] or [[96, 192]], got {size!r}")
+        return list(size)
+
+    @property
+    def sizes(self) -> list[int | tuple[int, int]]:
+        """The sizes to draw from; none where the student's own is meant."""
+        if self.size is None:
+            return []
+        return list(self.size) if isinstance(self.size, list) else [self.size]
+
+
+class CheckpointConfig(Strict):
+    """What is kept on the way."""
+
+    every_steps: int = Field(500, ge=1, description="a checkpoint each so many steps")
+    log_steps: int = Field(10, ge=1, description="a line in the log each so many steps")
+
+
+class DeviceConfig(Strict):
+    """Where the student runs."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    threads: int | None = Field(
+        None, ge=1, description="torch's own on a CPU; omitted: the cores there are"
+    )
+
+
+class Recipe(Strict):
+    """Everything a student is trained from."""
+
+    run: str = Field(description="folder of checkpoints, logs and the student")
+    banks: dict[str, str] = Field(
+        min_length=1, max_length=1, description="name to path or URL of the bank"
+    )
+    data: DataConfig = Field(default_factory=DataConfig)
+    student: StudentConfig
+    targets: dict[str, TargetConfig] = Field(min_length=1)
+    normalise: Literal["none", "standardise"] = Field(
+        "standardise", description="of teachers' features, by the bank's statistics"
+    )
+    loader: LoaderConfig = Field(default_factory=LoaderConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    stages: list[StageConfig] = Field(min_length=1)
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the student's arithmetic; losses are float32"
+    )
+    seed: int = Field(0, ge=0)
+    checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    engine: DeviceConfig = Field(default_factory=DeviceConfig)
+
+    @model_validator(mode="after")
+    def _names(self) -> Recipe:
+        _check_names(self.banks, self.data)
+        for name in self.targets:
+            check_name(name, "name of target")
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages must have different names, got {names}")
+        return self
+
+
+class ProbeConfig(Strict):
+    """One question put to every model."""
+
+    label: str = Field(description="<bank>/labels/<name> or data/<label>")
+    kinds: list[Literal["knn", "linear", "dense"]] | None = Field(
+        None, description="omitted: knn and linear for a value per row, else dense"
+    )
+    grid: tuple[int, int] | None = Field(
+        None,
+        description="dense: cells that every model's grid is resampled to; omitted: "
+        "the smallest of all",
+    )
+
+
+class SplitsConfig(Strict):
+    """Rows to fit on, to choose settings on, and to score on once."""
+
+    fit: RowsConfig
+    choose: RowsConfig
+    test: RowsConfig
+
+
+class Probe(Strict):
+    """Scores of students, of random ones, and of each teacher from its features."""
+
+    banks: dict[str, str] = Field(min_length=1, max_length=1)
+    data: DataConfig = Field(default_factory=DataConfig)
+    students: dict[str, str] = Field(
+        default_factory=dict, description="name to the folder of a run or of a student"
+    )
+    random: bool = Field(
+        True, description="score each student's architecture with random weights too"
+    )
+    teachers: dict[str, list[str]] | None = Field(
+        None,
+        description="name to outputs of the bank, <teacher>/<output>; omitted: all; "
+        "{}: none",
+    )
+    splits: SplitsConfig
+    probes: dict[str, ProbeConfig] = Field(min_length=1)
+    result: str | None = Field(None, description="JSON file for the scores")
+    batch: int = Field(64, ge=1)
+    seed: int = Field(0, ge=0, description="of the random students")
+    engine: DeviceConfig = Field(default_factory=DeviceConfig)
+
+    @model_validator(mode="after")
+    def _names(self) -> Probe:
+        _check_names(self.banks, self.data)
+        if not self.students and self.teachers == {}:
+            raise ValueError("give `students` or `teachers`: there is nothing to score")
+        return self
+
+
+def _check_names(banks: dict[str, str], data: DataConfig) -> None:
+    for name in banks:
+        check_name(name, "name of bank")
+        if name == DATA:
+            raise ValueError(f"name of bank must not be {DATA}: labels are called that")
+    for name in data.labels:
+        check_name(name, "name of label")
