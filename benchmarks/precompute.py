@@ -32,9 +32,9 @@ import torch
 from PIL import Image
 
 from manifests.job import Job
-from pipeline.index import expand_shards
 from pipeline.precompute import precompute
 from pipeline.samples.images import decode_image, resize_view
+from pipeline.samples.sources import expand_shards
 from pipeline.samples.views import evaluation_box
 from pipeline.work_items import num_threads
 from teachers import registry

@@ -125,8 +125,14 @@ class HeadConfig(Strict):
         description="EUPE's two-layer adapter; one layer; camera tokens to a "
         "bird's-eye grid",
     )
+    same_as: str | None = Field(
+        None, description="another target, whose very head is used: plain KD has one"
+    )
     hidden: int | None = Field(
         None, ge=1, description="width of the hidden layer; omitted: 4 x the tokens'"
+    )
+    cells: tuple[int, int] | None = Field(
+        None, description="bev: rows and columns; omitted: the teacher's own grid"
     )
     heights_m: tuple[float, ...] = Field(
         (-1.5, -0.5, 0.5),
@@ -295,15 +301,23 @@ class Recipe(Strict):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of the student's arithmetic; losses are float32"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig)
     engine: DeviceConfig = Field(default_factory=DeviceConfig)
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
         _check_names(self.banks, self.data)
-        for name in self.targets:
+        for name, target in self.targets.items():
             check_name(name, "name of target")
+            other = target.head.same_as
+            if other is not None and (
+                other not in self.targets or self.targets[other].head.same_as
+            ):
+                raise ValueError(
+                    f"targets.{name}.head.same_as must be a target with a head of its "
+                    f"own, got {other!r}"
+                )
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages must have different names, got {names}")
@@ -352,7 +366,7 @@ class Probe(Strict):
     probes: dict[str, ProbeConfig] = Field(min_length=1)
     result: str | None = Field(None, description="JSON file for the scores")
     batch: int = Field(64, ge=1)
-    seed: int = Field(0, ge=0, description="of the random students")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the random students")
     engine: DeviceConfig = Field(default_factory=DeviceConfig)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Recipes and probes from YAML, every path absolute: it starts from the YAML's folder."""
+"""Recipes and probes from YAML, every path absolute, from the folder of the YAML."""
 
 from __future__ import annotations
 

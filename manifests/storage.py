@@ -42,6 +42,12 @@ def _local_path(fs: Any, path: str) -> Path | None:
     return Path(path) if "file" in protocol else None
 
 
+def is_local(url: str) -> bool:
+    """Returns whether ``url`` is a path on this machine."""
+    fs, path = split_url(url)
+    return _local_path(fs, path) is not None
+
+
 def explain(error: BaseException, what: str, url: str) -> StorageError:
     """Returns the one-line StorageError for a failure of the store under ``url``."""
     code = getattr(error, "errno", None)
@@ -119,6 +125,20 @@ def read_url(url: str) -> bytes:
             return file.read()
         except Exception as error:
             raise explain(error, "read", url) from error
+
+
+def read_range(url: str, start: int, end: int) -> bytes:
+    """Returns bytes [start, end) of ``url`` in one request, fewer where it ends before.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    fs, path = split_url(url)
+    try:
+        data: bytes = fs.cat_file(path, start=start, end=end)
+    except Exception as error:
+        raise explain(error, "read", url) from error
+    return data
 
 
 class Store:

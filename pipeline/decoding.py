@@ -17,11 +17,11 @@ from pydantic import TypeAdapter
 from manifests.bank import InputEntry
 from manifests.job import ImageInput, InputConfig, LabelConfig
 from pipeline.bank.rows import RowFacts
-from pipeline.inputs import members_of
 from pipeline.samples.calibration import parse_calibration
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import decode_image
 from pipeline.samples.labels import parse_label, parse_metadata
+from pipeline.samples.members import find_member, members_of
 from pipeline.samples.points import decode_points
 from pipeline.samples.shards import Sample
 
@@ -68,20 +68,8 @@ class DecodedSample:
     facts: RowFacts = field(default_factory=RowFacts)
 
 
-def _member(sample: Sample, names: tuple[str, ...]) -> bytes:
-    """Returns the first of ``names`` the sample has; raises SampleError else."""
-    for name in names:
-        if name in sample.members:
-            return sample.members[name]
-    for name in names:
-        if name in sample.faults:
-            code, _, detail = sample.faults[name].partition(": ")
-            raise SampleError(code, detail or f"member .{name}")
-    raise SampleError("missing", f"no member .{' or .'.join(names)}")
-
-
 def _decode_input(sample: Sample, config: InputConfig) -> Decoded:
-    data = _member(sample, members_of(config))
+    data = find_member(sample, members_of(config))
     if isinstance(config, ImageInput):
         return decode_image(data)
     return decode_points(data, config.columns, config.intensity_max)
@@ -119,7 +107,7 @@ def decode_sample(
         if isinstance(config, ImageInput) and config.calibration and extension:
             try:
                 if extension not in metadata:
-                    member = _member(sample, (extension.lower(),))
+                    member = find_member(sample, (extension.lower(),))
                     metadata[extension] = parse_metadata(member)
                 found = parse_calibration(metadata[extension], config.calibration)
                 facts.intrinsics[name] = found.intrinsics
@@ -128,7 +116,7 @@ def decode_sample(
                 facts.calibration_reasons[name] = str(error)
     for name, label in schema.labels.items():
         try:
-            member = _member(sample, (label.member.lower(),))
+            member = find_member(sample, (label.member.lower(),))
             facts.labels[name] = parse_label(member, label)
         except SampleError as error:
             facts.label_reasons[name] = str(error)

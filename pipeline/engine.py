@@ -24,12 +24,11 @@ from manifests.bank import (
 from manifests.job import EngineConfig, LimitsConfig
 from manifests.storage import Store
 from pipeline.bank.commits import write_commit
-from pipeline.bank.record import open_record
+from pipeline.bank.record import open_record, view_policy_of
 from pipeline.block_work import BlockWork
 from pipeline.decoding import SampleSchema
 from pipeline.errors import PipelineError
 from pipeline.estimate import block_bytes, lane_bytes
-from pipeline.inputs import view_policy_of
 from pipeline.live import LivePass, load_passes, pick_device
 from pipeline.memory import Budget, Buffers, keep_freed_memory
 from pipeline.samples.errors import ShardError

@@ -37,12 +37,16 @@ from pipeline.bank.commits import (
 from pipeline.bank.lock import bank_lock
 from pipeline.bank.objects import object_crc32c
 from pipeline.bank.output_statistics import write_statistics
-from pipeline.bank.record import FEATURES, open_record, write_record
+from pipeline.bank.record import (
+    FEATURES,
+    open_record,
+    view_policy_of,
+    write_record,
+)
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
 from pipeline.bank.row_index import INDEX_PART_ROWS, encode_table, index_path
 from pipeline.bank.rows import decode_rows, object_path
 from pipeline.index import read_rows
-from pipeline.inputs import view_policy_of
 from pipeline.runs import end_run
 from pipeline.samples.views import ViewPolicy, draw_view
 

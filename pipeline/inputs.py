@@ -12,11 +12,12 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from statistics import median
 
-from manifests.bank import BankRecord, InputEntry
-from manifests.job import ImageInput, InputConfig, Job
+from manifests.bank import InputEntry
+from manifests.job import ImageInput, Job
 from pipeline.errors import PipelineError
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import image_size
+from pipeline.samples.members import members_of
 from pipeline.samples.shards import RowSpan, ShardRow, read_samples
 from pipeline.samples.views import ViewPolicy
 
@@ -26,12 +27,6 @@ ProbedShard = tuple[str, bool, Sequence[ShardRow]]
 PROBED_SAMPLES = 16
 PROBED_SHARDS = 16
 WIDE_ASPECT = 1.5
-
-
-def members_of(config: InputConfig) -> tuple[str, ...]:
-    """Returns the extensions an input may have, in order of preference."""
-    names = (config.member,) if isinstance(config.member, str) else config.member
-    return tuple(name.lower() for name in names)
 
 
 def _probe(shards: Iterable[ProbedShard], config: ImageInput) -> list[float]:
@@ -104,9 +99,3 @@ def view_policy(job: Job, inputs: dict[str, InputEntry]) -> ViewPolicy:
         point_scale=views.point_scale,
         view0={name: entry.view0 for name, entry in inputs.items() if entry.view0},
     )
-
-
-def view_policy_of(record: BankRecord) -> ViewPolicy:
-    """Returns how a bank draws views."""
-    view0 = {name: one.view0 for name, one in record.inputs.items() if one.view0}
-    return ViewPolicy.from_json({**record.views, "view0": view0})

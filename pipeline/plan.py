@@ -24,6 +24,7 @@ from pipeline.bank.commits import list_commits
 from pipeline.bank.record import read_record
 from pipeline.inputs import ProbedShard, resolve_input, view_policy
 from pipeline.resolve import GroupTeacher
+from pipeline.samples import sources
 from pipeline.shard_table import (
     ShardChanges,
     classify_shards,
@@ -120,7 +121,9 @@ def make_plan(
     patterns = job.dataset.shards
     urls, known = find_shards([patterns] if isinstance(patterns, str) else patterns)
     on_shards(len(urls))
-    changes = classify_shards(record, urls, index.stat_shards(urls), known, on_indexed)
+    changes = classify_shards(
+        record, urls, sources.stat_shards(urls), known, on_indexed
+    )
     if record is None:
         _check_samples(changes)
     else:

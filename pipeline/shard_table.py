@@ -19,6 +19,7 @@ from manifests.errors import StorageError
 from manifests.storage import Stat, stat_url
 from pipeline import index
 from pipeline.index import IndexedShard
+from pipeline.samples import sources
 
 _VERSION = re.compile(r"@\d+$")
 
@@ -59,8 +60,8 @@ def find_shards(patterns: Sequence[str]) -> tuple[list[str], dict[str, IndexedSh
             known |= loaded
             urls += loaded
         else:
-            urls += index.expand_shards([pattern])
-    index.check_named_once(urls)
+            urls += sources.expand_shards([pattern])
+    sources.check_named_once(urls)
     return urls, known
 
 
@@ -88,7 +89,7 @@ def classify_shards(
     at_url = {shard.url: shard for shard in live.values()}
     unchanged: list[str] = []
     unsure: list[tuple[str, str, Stat]] = []
-    for name, url, stat in zip(index.name_shards(urls), urls, stats, strict=True):
+    for name, url, stat in zip(sources.name_shards(urls), urls, stats, strict=True):
         entry = at_url.get(url)
         if entry is not None and _is_as_it_was(entry, stat):
             unchanged.append(entry.name)

@@ -1,102 +1,245 @@
-"""Targets from a bank: blocks in an order of their own, standardised for a loss.
+"""A teacher's output as a target: found in a bank, stored values, float32 in torch.
 
-Owns the order (a function of seed and epoch alone, never of workers or world size) and
-the normalisation. The join with inputs and the trainer build on it.
+Targets travel as they are stored (bfloat16 as 2 bytes) and are decoded where the
+student is. ``decode`` gives the numbers of ``pipeline.bank``'s own decoding; a test
+holds both together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from manifests.bank import OutputEntry
+from manifests.job import BevExtent
+from pipeline.bank.encoding import Encoding
+from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.open import Bank
 from pipeline.bank.statistics import floored_std
+from pipeline.bank.topk import TopK
+from student_train.errors import TrainingError
 
 
-@dataclass(frozen=True)
-class TargetBlock:
-    """One block of one output, ready for a loss.
+@dataclass(frozen=True, eq=False)
+class Normaliser:
+    """(values - mean) / std over the last axis.
 
     Attributes:
-        rows: (n,) row numbers in the bank, of valid rows only.
-        keys: (n,) keys of those rows.
-        values: (n, *shape) float32, standardised if asked.
-    """
-
-    rows: npt.NDArray[np.int64]
-    keys: tuple[str, ...]
-    values: npt.NDArray[np.float32]
-
-
-def block_order(num_blocks: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """Returns a permutation of ``num_blocks`` that depends on (seed, epoch) alone.
-
-    Raw words of a counter-based generator are sorted, so that NumPy's own shuffling may
-    change without changing the order.
-    """
-    words = np.random.Philox(key=[seed, epoch]).random_raw(num_blocks)
-    return np.argsort(words, kind="stable").astype(np.int64)
-
-
-def standardise(
-    values: npt.NDArray[np.floating],
-    mean: npt.NDArray[np.float64],
-    variance: npt.NDArray[np.float64],
-) -> npt.NDArray[np.float32]:
-    """Returns (values - mean) / std over the last axis, std floored as the bank says.
-
-    Args:
-        values: (..., C).
-        mean: (C,).
-        variance: (C,).
+        mean, std: (C,) float32; std is floored as the bank says.
 
     Source: EUPE section 3.3; the floor is DESIGN section 3, rule 11.
     """
-    found: npt.NDArray[np.float32] = ((values - mean) / floored_std(variance)).astype(
-        np.float32
-    )
-    return found
+
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def of(
+        cls, mean: npt.NDArray[np.float64], variance: npt.NDArray[np.float64]
+    ) -> Normaliser:
+        """Returns the normaliser of an output's statistics, (C,) each."""
+        std = floored_std(variance)
+        return cls(
+            torch.from_numpy(mean.astype(np.float32)),
+            torch.from_numpy(std.astype(np.float32)),
+        )
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Returns float32 values (..., C), standardised."""
+        mean, std = self.mean.to(values.device), self.std.to(values.device)
+        return (values - mean).div_(std)
 
 
-def iter_targets(
-    bank: Bank,
-    path: str,
-    *,
-    view: int = 0,
-    seed: int = 0,
-    epoch: int = 0,
-    normalise: bool = True,
-) -> Iterator[TargetBlock]:
-    """Yields every committed block of an output once, in the order of (seed, epoch).
+@dataclass(frozen=True, eq=False)
+class TargetSource:
+    """One output of a bank, as a target.
+
+    Attributes:
+        path: ``<teacher>/<group>/<size>/<output>``.
+        entry: what the bank says of it.
+        normaliser: None where it is not normalised.
+    """
+
+    path: str
+    entry: OutputEntry
+    normaliser: Normaliser | None
+
+    @classmethod
+    def open(cls, bank: Bank, path: str, normalise: bool) -> TargetSource:
+        """Returns the target of an output.
+
+        Raises:
+            BankError: the bank has no such output, or no statistics of it.
+        """
+        normaliser = None
+        if normalise:
+            found = bank.statistics(path)
+            normaliser = Normaliser.of(found["mean"], found["variance"])
+        return cls(path, bank.output(path), normaliser)
+
+    @cached_property
+    def encoding(self) -> Encoding:
+        """How it is stored."""
+        return encoding_from_json(self.entry.encoding)
+
+    @property
+    def extent(self) -> BevExtent | None:
+        """Where its bird's-eye grid lies, None for any other output."""
+        found = self.entry.definition.get("extent")
+        return None if found is None else BevExtent.model_validate(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A batch of one target.
+
+    Attributes:
+        source: which output of the bank.
+        arrays: from each suffix of its encoding to (B, ...) as stored; bfloat16 are
+            ``torch.bfloat16``.
+        valid: (B,) bool; other rows hold *missing*.
+    """
+
+    source: TargetSource
+    arrays: dict[str, Tensor]
+    valid: Tensor
+
+    def values(self) -> Tensor:
+        """Returns (B, *shape) float32, normalised; rows that are not valid are NaN."""
+        decoded = decode(self.source.encoding, self.arrays)
+        normaliser = self.source.normaliser
+        return decoded if normaliser is None else normaliser(decoded)
+
+    def to(self, device: torch.device | str) -> Target:
+        """Returns it on a device, still encoded."""
+        arrays = {
+            suffix: one.to(device, non_blocking=True)
+            for suffix, one in self.arrays.items()
+        }
+        return Target(self.source, arrays, self.valid.to(device, non_blocking=True))
+
+
+def as_stored(
+    values: npt.NDArray[np.generic], encoding: Encoding, suffix: str
+) -> Tensor:
+    """Returns stored values as a tensor of the same memory, bfloat16 by their type.
+
+    Args:
+        values: (B, ...), the stored type.
+        encoding: of the output.
+        suffix: which of its arrays.
+    """
+    tensor = torch.from_numpy(values)
+    # Ids of top-k are uint16 too, but they are numbers.
+    if encoding.dtype == "bfloat16" and suffix != "_index":
+        return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+    return tensor
+
+
+def decode(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
+    """Returns float32 (B, *shape) of stored values; missing rows are NaN.
+
+    Args:
+        encoding: how they are stored.
+        arrays: from each of its suffixes to the stored rows, on any device.
+
+    Raises:
+        TrainingError: no decoding of that encoding is known here.
+    """
+    decoder = _DECODERS.get(encoding.preset)
+    if decoder is None:
+        raise TrainingError(
+            f"encoding of a target must be one of {sorted(_DECODERS)}, got "
+            f"{encoding.preset!r} (output {encoding.name})"
+        )
+    return decoder(encoding, arrays)
+
+
+def _decode_plain(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
+    return arrays[""].to(torch.float32)
+
+
+def _decode_topk(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
+    """Returns dense logits: the k largest, the others alike with their mass kept."""
+    assert isinstance(encoding, TopK)
+    value = arrays["_value"].to(torch.float32)
+    index = arrays["_index"].to(torch.int64)
+    missing = value[..., :1].isnan()
+    index = torch.where(missing, 0, index)
+    shape = (*index.shape[:-1], encoding.num_classes)
+    num_others = encoding.num_classes - encoding.topk
+    if num_others:
+        temperature = encoding.temperatures[0]
+        rest = arrays["_rest"][..., :1].to(torch.float64)
+        tail = temperature * (rest - math.log(num_others))
+        # Rounding must not lift the others above the smallest logit that is kept.
+        tail = torch.minimum(tail.to(torch.float32), value[..., -1:])
+        dense = tail.expand(shape).clone()
+    else:
+        dense = value.new_empty(shape)
+    dense.scatter_(-1, index, value)
+    return dense.masked_fill_(missing, math.nan)
+
+
+_DECODERS: dict[str, Callable[[Encoding, Mapping[str, Tensor]], Tensor]] = {
+    "raw": _decode_plain,
+    "lossless": _decode_plain,
+    "half": _decode_plain,
+    "topk": _decode_topk,
+}
+
+
+def find_output(bank: Bank, source: str, student_input: str, where: str) -> str:
+    """Returns the path in the bank of what a recipe calls ``<teacher>/<output>``.
 
     Args:
         bank: an open bank.
-        path: ``<teacher>/<group>/<size>/<output>``.
-        view: which view.
-        seed: of the order.
-        epoch: of the order.
-        normalise: standardise with the bank's own statistics.
+        source: ``<teacher>/<output>``, ``<teacher>/<group>/<output>`` or
+            ``<teacher>/<group>/<size>/<output>``.
+        student_input: the input that a group of one is preferred for.
+        where: its entry in the recipe, for messages.
 
     Raises:
-        BankError: a block is missing or damaged; it is named.
+        TrainingError: the bank has none such, or several.
     """
-    valid = bank.validity(path)
-    if normalise:
-        statistics = bank.statistics(path)
-        mean, variance = statistics["mean"], statistics["variance"]
-    blocks = bank.committed_blocks(path)
-    keys = bank.keys()
-    size = bank.record.block_rows
-    for position in block_order(len(blocks), seed, epoch):
-        block = int(blocks[position])
-        inside = valid[block * size : (block + 1) * size]
-        values = bank.read(path, block, view)[inside]
-        rows = block * size + np.flatnonzero(inside)
-        yield TargetBlock(
-            rows=rows,
-            keys=tuple(keys[row] for row in rows),
-            values=standardise(values, mean, variance) if normalise else values,
+    steps = source.split("/")
+    teachers = {path.split("/")[0] for path in bank.outputs}
+    if steps[0] not in teachers:
+        raise TrainingError(
+            f"{where}: teacher must be one of the bank's "
+            f"({', '.join(sorted(teachers))}), got {steps[0]!r}"
         )
+    matches = [path for path in bank.outputs if _matches(path.split("/"), steps)]
+    if len(matches) > 1:
+        own = [
+            path for path in matches if bank.pass_of(path).inputs == (student_input,)
+        ]
+        matches = own or matches
+    if not matches:
+        held = [path for path in bank.outputs if path.startswith(steps[0] + "/")]
+        raise TrainingError(
+            f"{where}: the bank must have the output, got {source!r}; of {steps[0]} it "
+            f"has {', '.join(held)}"
+        )
+    if len(matches) > 1:
+        raise TrainingError(
+            f"{where}: {source!r} must name one output, it could be any of "
+            f"{', '.join(matches)}; write it whole"
+        )
+    return matches[0]
+
+
+def _matches(path: list[str], steps: list[str]) -> bool:
+    teacher, group, size, output = path
+    return steps in (
+        [teacher, output],
+        [teacher, group, output],
+        [teacher, group, size, output],
+    )

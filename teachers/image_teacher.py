@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from pipeline.samples.fitting import fit_size
 from teachers.errors import TeacherError
 from teachers.interface import InputSpec, Size, TeacherRequest
-from teachers.preprocess import fit_size, image_spec
+from teachers.preprocess import image_spec
 from teachers.torch_teacher import Tap, TorchTeacher
 
 

@@ -1,8 +1,7 @@
 """Teachers from a file of yours: any torch module, tapped where the job says.
 
-``module:./file.py:CLASS`` is code that runs because the job names it; its SHA-256 goes
-into the teacher's facts. The file is loaded alone, under a name of its own: what lies
-beside it is not importable.
+``module:./file.py:CLASS`` is code that runs because the job names it, as
+`manifests.code` says; its SHA-256 goes into the teacher's facts.
 
 An output says where it is taken, in ``from``: ``output`` (the default) is what the
 called method returns, anything else the path of a submodule whose output is meant.
@@ -15,26 +14,21 @@ Shape suffixes: B batch, N tokens, H and W grid, C channels.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
 import re
-import sys
-import traceback
-import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from manifests.errors import StorageError
+from manifests.code import Code, explained, load_code
+from manifests.errors import ManifestError
 from manifests.job import OutputConfig
-from manifests.storage import read_url
+from manifests.suggestions import close_matches
 from teachers.cost import building_on
 from teachers.errors import TeacherError
 from teachers.interface import InputSpec, Size, TeacherRequest, WeightsRecord
 from teachers.preprocess import image_spec, points_spec
-from teachers.registry import close_matches
 from teachers.torch_teacher import (
     Tap,
     TorchTeacher,
@@ -48,7 +42,6 @@ from teachers.weights import (
     local_path,
     parse_wanted,
     read_state_dict,
-    resolve,
 )
 
 _SOURCE = re.compile(r"(?P<path>\w+(?:\.\w+)*)(?P<indices>(?:\[[^\[\]]+\])*)")
@@ -58,78 +51,18 @@ _RANK_OF_LAYOUT = {"nc": 2, "nchw": 4, "nhwc": 4, "nlc": 3}
 _SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Code:
-    """A file of code as loaded.
-
-    Attributes:
-        make: the class, or a function that returns the module.
-        sha256: of the file's bytes.
-    """
-
-    make: Callable[..., nn.Module]
-    sha256: str
-
-
-def load_code(name: str, base: str, where: str) -> Code:
-    """Returns what ``FILE:CLASS`` names, running the file.
-
-    Args:
-        name: path or URL of the file, a colon, a name in it.
-        base: folder that a relative path starts from.
-        where: the entry in the job, for messages.
-
-    Raises:
-        TeacherError: the file or the name is not there, or the file raises.
-    """
-    path, _, attribute = name.rpartition(":")
-    if not path or not attribute.isidentifier():
-        raise TeacherError(
-            f"{where}.model must be module:FILE:CLASS, got 'module:{name}'"
-        )
-    url = resolve(base, path)
-    try:
-        source = read_url(url)
-    except StorageError as error:
-        raise TeacherError(
-            f"{where}.model must name a file that can be read, got {path!r} ({error}; "
-            f"relative paths start from {base})"
-        ) from error
-    sha256 = hashlib.sha256(source).hexdigest()
-    module = types.ModuleType(f"teachonce_module_{sha256[:16]}")
-    module.__file__ = url
-    # Dataclasses and pickle look a class's module up by its name.
-    sys.modules[module.__name__] = module
-    with _explained(f"{where}.model: {path} must load", (path, url)):
-        exec(compile(source, url, "exec"), module.__dict__)
-    found = getattr(module, attribute, None)
-    if not callable(found):
-        public = [
-            item
-            for item, value in vars(module).items()
-            if inspect.isclass(value) and issubclass(value, nn.Module)
-        ]
-        raise TeacherError(
-            f"{where}.model must name a class of {path}, got {attribute!r} (modules: "
-            f"{', '.join(public) or 'none'}){close_matches(attribute, public)}"
-        )
-    return Code(found, sha256)
-
-
 @contextlib.contextmanager
-def _explained(what: str, files: tuple[str, ...]) -> Iterator[None]:
-    """Turns whatever somebody's code raises into one line that says where it did."""
+def _as_teacher_error() -> Iterator[None]:
+    """Raises what is wrong with a document's code as this package's error."""
     try:
         yield
-    except TeacherError:
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        lines = [item.lineno for item in frames if item.filename in files]
-        line = f" at line {lines[-1]}" if lines else ""
-        raise TeacherError(
-            f"{what}, got {type(error).__name__}{line}: {error}"
-        ) from error
+    except ManifestError as error:
+        raise TeacherError(str(error)) from error.__cause__
+
+
+def _load(name: str, base: str, where: str) -> Code:
+    with _as_teacher_error():
+        return load_code(name, base, where, nn.Module)
 
 
 def find_weights(request: TeacherRequest) -> WeightsRecord:
@@ -157,7 +90,7 @@ class ModuleTeacher(TorchTeacher):
     ) -> None:
         super().__init__(request, device)
         self._weights = weights
-        self._code = load_code(request.config.model_name, request.base, self.where)
+        self._code = _load(request.config.model_name, request.base, self.where)
         self._has_images = any(item.kind == "image" for item in request.group)
         if self._has_images and not request.config.sizes:
             raise TeacherError(
@@ -209,7 +142,12 @@ class ModuleTeacher(TorchTeacher):
     def _create(self, device: str) -> nn.Module:
         config = self.request.config
         what = f"{self.where}.model: {config.model_name}(**args) must be built"
-        with _explained(what, ()), building_on(device), seeded(self._weights.seed):
+        with (
+            _as_teacher_error(),
+            explained(what),
+            building_on(device),
+            seeded(self._weights.seed),
+        ):
             model = self._code.make(**config.args)
         if not isinstance(model, nn.Module):
             raise TeacherError(
@@ -394,7 +332,7 @@ def describe(name: str, base: str) -> dict[str, Any]:
     Raises:
         TeacherError: the file or the class is not there.
     """
-    code = load_code(name, base, "teachers")
+    code = _load(name, base, "teachers")
     facts: dict[str, Any] = {
         "code_sha256": code.sha256,
         "arguments": str(inspect.signature(code.make)),

@@ -29,11 +29,11 @@ from open_clip.transform import PreprocessCfg
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
+from manifests.suggestions import close_matches
 from teachers.cost import building_on
 from teachers.errors import TeacherError
 from teachers.image_teacher import ImageTeacher, Pixels
 from teachers.interface import Size, TeacherRequest, WeightsRecord
-from teachers.registry import close_matches
 from teachers.timm_family import layer_names as timm_layer_names
 from teachers.timm_family import patch_of as timm_patch_of
 from teachers.timm_family import stride_of as timm_stride_of

@@ -1,7 +1,8 @@
 """From a decoded input and a view's box to the tensor a model takes.
 
-Owns the choice of input size, the choice of points, and the pixel arithmetic; the
-resize itself is `pipeline.samples.images.resize_view`, the one that students use too.
+Owns the choice of points and the pixel arithmetic; the input size is
+`pipeline.samples.fitting.fit_size`, the resize `pipeline.samples.images.resize_view`:
+the ones that students use too.
 
 Shape suffixes: B batch, H and W rows and columns, N points of a sweep, P points given,
 C columns or channels.
@@ -9,7 +10,6 @@ C columns or channels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import cast, get_args
 
@@ -28,33 +28,6 @@ from teachers.interface import GroupInput, ImageSpec, InputSpec, PointsSpec, Siz
 _INTERPOLATIONS = get_args(Interpolation)
 _XYZ = ("x", "y", "z")
 _MIN_RADIUS = 1e-6
-_SAME_ASPECT = 1e-3
-
-
-def fit_size(native: Size, stride: int, aspect: float, fit: str) -> Size:
-    """Returns the input size at which a model looks at a box of some aspect.
-
-    Args:
-        native: the model's own (height, width).
-        stride: pixels of one cell of its coarsest grid.
-        aspect: width over height of the box.
-        fit: ``squash`` is the native size whatever the box; ``tokens`` the multiples of
-            ``stride`` nearest the box's aspect that have about the native number of
-            cells (a box of the native aspect has the native size itself).
-    """
-    height, width = native
-    if fit == "squash" or abs(math.log(aspect * height / width)) < _SAME_ASPECT:
-        return native
-    cells = height * width / stride**2
-    best, best_cost = (1, 1), math.inf
-    for rows in range(1, math.ceil(4 * math.sqrt(cells / aspect)) + 1):
-        for columns in {math.floor(rows * aspect), math.ceil(rows * aspect)} - {0}:
-            distortion = abs(math.log(columns / rows / aspect))
-            # A wrong aspect changes what is seen; a few cells more or less only cost.
-            cost = 2 * distortion + abs(math.log(rows * columns / cells))
-            if cost < best_cost:
-                best, best_cost = (rows, columns), cost
-    return best[0] * stride, best[1] * stride
 
 
 def image_spec(

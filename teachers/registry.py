@@ -19,13 +19,12 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, cast
 
 from manifests.job import PreprocessConfig
+from manifests.suggestions import close_matches
 from teachers.errors import TeacherError
 from teachers.interface import Teacher, TeacherRequest, WeightsRecord
 from teachers.weights import Wanted, find_file, parse_wanted, random_record
@@ -96,12 +95,6 @@ class FamilyModule(Protocol):
 
     def describe(self, name: str, base: str) -> dict[str, Any]:
         """Returns what there is to know of a model, as plain values."""
-
-
-def close_matches(wanted: str, known: Iterable[str]) -> str:
-    """Returns ``"; did you mean a, b?"`` or, with nothing close, ``""``."""
-    found = get_close_matches(wanted, list(known), n=5, cutoff=0.6)
-    return f"; did you mean {', '.join(found)}?" if found else ""
 
 
 def families() -> list[tuple[str, str]]:

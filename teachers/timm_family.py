@@ -31,6 +31,7 @@ from timm.layers.classifier import NormMlpClassifierHead
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
+from manifests.suggestions import close_matches
 from teachers.cost import building_on
 from teachers.errors import TeacherError
 from teachers.image_teacher import ImageTeacher, Pixels
@@ -39,7 +40,6 @@ from teachers.interface import (
     TeacherRequest,
     WeightsRecord,
 )
-from teachers.registry import close_matches
 from teachers.torch_teacher import (
     Tap,
     channels_last,

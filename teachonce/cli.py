@@ -24,7 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="teachonce",
         description="Run each teacher once, keep its features in a bank.",
-        epilog="The first hour: plan, precompute, info. `teachonce VERB --help` has an "
+        epilog="The first hour: plan, precompute, info, train. `teachonce VERB --help` has an "
         "example of each.",
     )
     parser.add_argument("--version", action="store_true", help="print the version")
@@ -39,8 +39,8 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 
-    def job_arguments(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("job", help="the job's YAML")
+    def document_arguments(sub: argparse.ArgumentParser, kind: str) -> None:
+        sub.add_argument(kind, help=f"the {kind}'s YAML")
         sub.add_argument(
             "overrides",
             nargs="*",
@@ -62,14 +62,14 @@ def _parser() -> argparse.ArgumentParser:
         "Say what a job will do: rows, blocks, bytes, objects, memory; writes nothing",
         "plan job.yaml teachers.sam.batch=2",
     )
-    job_arguments(plan)
+    document_arguments(plan, "job")
     plan.add_argument("--json", action="store_true", help=_COMMON_HELP)
     precompute = verb(
         "precompute",
         "Make the bank of a job, or what it still lacks; the same command resumes",
         "precompute job.yaml -- --runner=FnApiRunner",
     )
-    job_arguments(precompute)
+    document_arguments(precompute, "job")
     precompute.add_argument(
         "--repair",
         action="store_true",
@@ -101,6 +101,22 @@ def _parser() -> argparse.ArgumentParser:
         "finalise bank/",
     )
     finalise.add_argument("bank", help="path or URL of the bank")
+    train = verb(
+        "train",
+        "Train a student from a bank, with no teacher; the same command goes on",
+        "train recipe.yaml seed=1 run=runs/seed1",
+    )
+    document_arguments(train, "recipe")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    probe = verb(
+        "probe",
+        "Score students, random ones, and teachers from their cached features",
+        "probe probe.yaml students.mine=runs/seed1",
+    )
+    document_arguments(probe, "probe")
+    probe.add_argument("--quiet", action="store_true", help="no progress bar")
+    probe.add_argument("--json", action="store_true", help=_COMMON_HELP)
     teachers = verb(
         "teachers",
         "List the teacher families, or say what one model gives",

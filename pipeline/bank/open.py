@@ -7,6 +7,7 @@ committed after the last finalise is asked for by its commit's name.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.bank.commits import read_blocks, read_commits
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.record import FEATURES, open_record
 from pipeline.bank.row_index import num_index_parts, read_index_part
+from pipeline.bank.sample_table import SampleTable
 
 
 def open_bank(url: str) -> Bank:
@@ -50,6 +52,26 @@ class Bank:
                 path = f"{layout.level_path(entry, output.size)}/{output.name}"
                 self._outputs.setdefault(path, []).append((entry, output))
         self._committed: dict[str, dict[str, tuple[int, int]]] | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it lies."""
+        return self._store.url
+
+    @cached_property
+    def sample_table(self) -> SampleTable:
+        """Where every sample lies in its shard."""
+        return SampleTable(self._store)
+
+    def views_of(self, path: str) -> frozenset[int]:
+        """Returns the views that an output has."""
+        self.output(path)
+        return frozenset(v for one, _ in self._outputs[path] for v in one.views)
+
+    def pass_of(self, path: str) -> PassEntry:
+        """Returns the pass that first made an output: its teacher, group and inputs."""
+        self.output(path)
+        return self._outputs[path][0][0]
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from manifests.bank import BANK_SCHEMA, BankRecord
 from manifests.errors import BankError
 from manifests.loading import load_json
 from manifests.storage import Store
+from pipeline.samples.views import ViewPolicy
 
 RECORD_PATH = "bank.json"
 FEATURES = "features.zarr"
@@ -54,3 +55,9 @@ def write_record(store: Store, record: BankRecord) -> None:
     """Replaces the record; only for the holder of the bank's lock."""
     text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
     store.replace(RECORD_PATH, text.encode() + b"\n")
+
+
+def view_policy_of(record: BankRecord) -> ViewPolicy:
+    """Returns how a bank draws views."""
+    view0 = {name: one.view0 for name, one in record.inputs.items() if one.view0}
+    return ViewPolicy.from_json({**record.views, "view0": view0})

@@ -112,6 +112,26 @@ def image_size(data: bytes) -> tuple[int, int]:
     return height, width
 
 
+def load_image(data: bytes) -> ImageFile:
+    """Returns the image in ``data`` as it is stored: its own mode, not yet upright.
+
+    Raises:
+        SampleError: as ``decode_image``, but for JPEGs that end before their last rows.
+    """
+    image = _open(data)
+    if isinstance(image, PngImageFile):
+        _check_png(data)
+    try:
+        image.load()
+        if isinstance(image, PngImageFile) and _is_black_filled(image, data):
+            raise SampleError("truncated", "the PNG holds fewer rows than it declares")
+    except SampleError:
+        raise
+    except _FAULTS as error:
+        raise _fault(error) from error
+    return image
+
+
 def decode_image(data: bytes) -> Image.Image:
     """Returns the upright RGB image in ``data``, by the rules of this module.
 
@@ -119,17 +139,10 @@ def decode_image(data: bytes) -> Image.Image:
         SampleError: ``empty``, ``undecodable``, ``too_large`` (more than `MAX_PIXELS`,
             known before anything is decoded) or ``truncated``.
     """
-    image = _open(data)
+    image = load_image(data)
     orientation = _orientation(image, data)
-    if isinstance(image, PngImageFile):
-        _check_png(data)
     try:
-        image.load()
-        if isinstance(image, PngImageFile) and _is_black_filled(image, data):
-            raise SampleError("truncated", "the PNG holds fewer rows than it declares")
         rgb = _to_rgb(image)
-    except SampleError:
-        raise
     except _FAULTS as error:
         raise _fault(error) from error
     if isinstance(image, JpegImageFile) and _is_grey_filled(image, data):

@@ -8,10 +8,11 @@ be a row (junk, an unsafe key, a sample cut by damage) is a `ShardFault`, never 
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from manifests.storage import stat_url
+from manifests.storage import Buffer, stat_url
 from pipeline.samples.errors import ShardError
 from pipeline.samples.names import refuse_name, split_name
 from pipeline.samples.streams import open_shard
@@ -246,6 +247,37 @@ def read_samples(
             yield from _read_inflated(url, file, chosen, span.first_row, wanted)
     except TarDamage as damage:
         raise _changed(url, str(damage)) from damage
+
+
+def parse_sample(data: Buffer, wanted: frozenset[str], where: str) -> Sample:
+    """Returns the sample whose bytes, headers and all, are ``data``.
+
+    Args:
+        data: bytes ``offset`` to ``offset + size`` of its row, as the index says.
+        wanted: extensions to read, in lower case without the leading dot.
+        where: the shard, for messages.
+
+    Raises:
+        ShardError: they are not one sample: the shard is not the one indexed.
+    """
+    file = io.BytesIO(data)
+    sample: Sample | None = None
+    try:
+        for member in walk_members(file, 0, len(data)):
+            if member.kind == "directory" or refuse_name(member.name) is not None:
+                continue
+            if sample is None:
+                sample = Sample(member.key, {}, {})
+            elif member.key != sample.key:
+                what = f"{_shown(sample.key)} is followed by {_shown(member.key)}"
+                raise _changed(where, what)
+            if member.extension in wanted:
+                _read_member(file, member, sample)
+    except TarDamage as damage:
+        raise _changed(where, str(damage)) from damage
+    if sample is None:
+        raise _changed(where, "there is no sample where a row was")
+    return sample
 
 
 def _group_members(file: TarStream) -> _Grouped:

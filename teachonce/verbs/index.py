@@ -10,6 +10,7 @@ from tqdm import tqdm
 from manifests.errors import ManifestError
 from manifests.storage import Store
 from pipeline import index
+from pipeline.samples import sources
 from teachonce.verbs import text
 
 
@@ -19,9 +20,9 @@ def run(args: argparse.Namespace) -> int:
     if not patterns or folder.endswith(".tar"):
         raise ManifestError("index needs patterns and then a folder for the result")
     absolute = [p if "://" in p else os.path.abspath(p) for p in patterns]
-    urls = index.expand_shards(absolute)
-    stats = index.stat_shards(urls)
-    named = list(zip(index.name_shards(urls), urls, stats, strict=True))
+    urls = sources.expand_shards(absolute)
+    stats = sources.stat_shards(urls)
+    named = list(zip(sources.name_shards(urls), urls, stats, strict=True))
     with tqdm(total=len(urls), unit="shard", desc="index", disable=None) as bar:
         shards = index.index_shards(named, lambda: bar.update())
     store = Store(folder if "://" in folder else os.path.abspath(folder))

@@ -19,7 +19,7 @@ import zarr
 
 from manifests.loading import load_job
 from pipeline.bank.open import Bank, open_bank
-from pipeline.inputs import view_policy_of
+from pipeline.bank.record import view_policy_of
 from pipeline.precompute import precompute
 from pipeline.samples.views import draw_view
 from tests.conftest import (

@@ -16,11 +16,11 @@ from pipeline import index
 from pipeline.index import (
     IndexedShard,
     encode_rows,
-    expand_shards,
-    name_shards,
     read_rows,
 )
+from pipeline.samples import sources
 from pipeline.samples.shards import ShardRow
+from pipeline.samples.sources import expand_shards, name_shards
 from tests.conftest import write_tar
 
 
@@ -56,7 +56,7 @@ def test_patterns_that_are_refused(tmp_path):
 def test_all_that_is_missing_is_counted(tmp_path):
     urls = [f"{tmp_path}/{number}.tar" for number in range(5)]
     with pytest.raises(StorageError, match=r"0.tar.*1.tar.*2.tar.*\(and 2 more\)"):
-        index.stat_shards(urls)
+        sources.stat_shards(urls)
 
 
 @pytest.mark.parametrize(

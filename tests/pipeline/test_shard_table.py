@@ -19,6 +19,7 @@ from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
 from pipeline.plan import make_plan
 from pipeline.precompute import Outcome, precompute
+from pipeline.samples import sources
 from pipeline.shard_table import ShardChanges, classify_shards, find_shards, shard_table
 from tests.conftest import sample_members, write_tar
 
@@ -210,7 +211,7 @@ def test_a_dataset_json_is_used_and_checked(
     paths = make_shards([5, 3])
     urls = [str(path) for path in paths]
     named = list(
-        zip(index.name_shards(urls), urls, index.stat_shards(urls), strict=True)
+        zip(sources.name_shards(urls), urls, sources.stat_shards(urls), strict=True)
     )
     store = Store(str(tmp_path / "index"))
     index.write_index(store, "dataset", index.index_shards(named))
@@ -237,7 +238,7 @@ def test_a_dataset_json_is_used_and_checked(
 def test_an_index_whose_parquet_disagrees_is_refused(make_shards, tmp_path):
     urls = [str(path) for path in make_shards([5, 3])]
     named = list(
-        zip(index.name_shards(urls), urls, index.stat_shards(urls), strict=True)
+        zip(sources.name_shards(urls), urls, sources.stat_shards(urls), strict=True)
     )
     store = Store(str(tmp_path))
     shards = index.index_shards(named)

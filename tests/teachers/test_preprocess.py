@@ -1,8 +1,7 @@
-"""Sizes, points and pixel arithmetic, against independent computations."""
+"""Points and pixel arithmetic, against independent computations."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from pipeline.samples.errors import SampleError
 from teachers.errors import TeacherError
 from teachers.interface import GroupInput, ImageSpec, PointsSpec
 from teachers.preprocess import (
-    fit_size,
     image_spec,
     points_spec,
     prepare,
@@ -27,40 +25,6 @@ from teachers.preprocess import (
 )
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-@pytest.mark.parametrize(
-    ("native", "stride", "aspect", "fit", "expected"),
-    [
-        ((518, 518), 14, 1.0, "tokens", (518, 518)),
-        ((224, 224), 16, 16 / 9, "squash", (224, 224)),
-        ((256, 256), 16, 16 / 9, "tokens", (192, 336)),
-        ((256, 256), 16, 9 / 16, "tokens", (336, 192)),
-        ((224, 224), 32, 2.0, "tokens", (160, 320)),
-        ((256, 192), 16, 0.75, "tokens", (256, 192)),
-        ((224, 224), 16, 1242 / 375, "tokens", (128, 416)),
-    ],
-)
-def test_fit_size(
-    native: tuple[int, int],
-    stride: int,
-    aspect: float,
-    fit: str,
-    expected: tuple[int, int],
-) -> None:
-    assert fit_size(native, stride, aspect, fit) == expected
-
-
-@given(st.sampled_from([14, 16]), st.integers(12, 40), st.floats(0.25, 4.0))
-def test_fit_size_keeps_aspect_and_tokens(
-    stride: int, side: int, aspect: float
-) -> None:
-    native = (side * stride, side * stride)
-    height, width = fit_size(native, stride, aspect, "tokens")
-    assert height % stride == width % stride == 0
-    assert abs(math.log(width / height / aspect)) < 0.08
-    tokens = height * width / stride**2
-    assert abs(math.log(tokens / side**2)) < 0.2
 
 
 def _image_spec(

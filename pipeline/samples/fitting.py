@@ -1,0 +1,38 @@
+"""At which input size a model looks at a box of some aspect: the same for all models.
+
+Owns the arithmetic of sizes; which sizes a model can take is the model's.
+"""
+
+from __future__ import annotations
+
+import math
+
+_SAME_ASPECT = 1e-3
+
+
+def fit_size(
+    native: tuple[int, int], stride: int, aspect: float, fit: str
+) -> tuple[int, int]:
+    """Returns the input size at which a model looks at a box of some aspect.
+
+    Args:
+        native: the model's own (height, width).
+        stride: pixels of one cell of its coarsest grid.
+        aspect: width over height of the box.
+        fit: ``squash`` is the native size whatever the box; ``tokens`` the multiples of
+            ``stride`` nearest the box's aspect that have about the native number of
+            cells (a box of the native aspect has the native size itself).
+    """
+    height, width = native
+    if fit == "squash" or abs(math.log(aspect * height / width)) < _SAME_ASPECT:
+        return native
+    cells = height * width / stride**2
+    best, best_cost = (1, 1), math.inf
+    for rows in range(1, math.ceil(4 * math.sqrt(cells / aspect)) + 1):
+        for columns in {math.floor(rows * aspect), math.ceil(rows * aspect)} - {0}:
+            distortion = abs(math.log(columns / rows / aspect))
+            # A wrong aspect changes what is seen; a few cells more or less only cost.
+            cost = 2 * distortion + abs(math.log(rows * columns / cells))
+            if cost < best_cost:
+                best, best_cost = (rows, columns), cost
+    return best[0] * stride, best[1] * stride

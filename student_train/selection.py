@@ -1,0 +1,101 @@
+"""Which rows of a bank are meant: by shard, by key, by share, by number."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+
+import numpy as np
+import numpy.typing as npt
+
+from manifests.recipe import RowsConfig
+from manifests.storage import read_url
+from pipeline.bank.open import Bank
+from student_train.errors import TrainingError
+
+Bools = npt.NDArray[np.bool_]
+
+
+def select_rows(bank: Bank, config: RowsConfig, where: str) -> Bools:
+    """Returns which rows a selection means, (num_rows,); padding is never among them.
+
+    Args:
+        bank: an open bank.
+        config: the selection; without a field, all samples of shards in use.
+        where: its entry in the document, for messages.
+
+    Raises:
+        TrainingError: it means no row, or names keys that the bank does not have.
+    """
+    record = bank.record
+    chosen = np.zeros(record.num_rows, np.bool_)
+    for shard in record.shards:
+        patterns = config.shards or ["*"]
+        if not shard.retired and any(fnmatch.fnmatch(shard.name, p) for p in patterns):
+            first = shard.first_block * record.block_rows
+            chosen[first : first + shard.samples] = True
+    if config.shards and not chosen.any():
+        names = ", ".join(shard.name for shard in record.shards[:5])
+        raise TrainingError(
+            f"{where}.shards must match shards of the bank ({names}, ...), got "
+            f"{config.shards}"
+        )
+    if config.keys is not None:
+        chosen &= _by_keys(bank, config.keys, where)
+    if config.share is not None or config.limit is not None:
+        rows = np.flatnonzero(chosen)
+        places = _hashes(bank, rows)
+        if config.share is not None:
+            low, high = (round(edge * 2**64) for edge in config.share)
+            inside = places >= np.uint64(low)
+            if high < 2**64:
+                inside &= places < np.uint64(high)
+            rows, places = rows[inside], places[inside]
+        if config.limit is not None:
+            rows = rows[np.argsort(places, kind="stable")[: config.limit]]
+        chosen = np.zeros(record.num_rows, np.bool_)
+        chosen[rows] = True
+    if not chosen.any():
+        raise TrainingError(f"{where} must mean at least one row, got none")
+    return chosen
+
+
+def shard_names(bank: Bank, rows: npt.NDArray[np.int64]) -> list[str]:
+    """Returns the name of the shard that each row comes from."""
+    shards = bank.record.shards
+    starts = [shard.first_block * bank.record.block_rows for shard in shards]
+    places = np.searchsorted(starts, rows, side="right") - 1
+    return [shards[place].name for place in places.tolist()]
+
+
+def _hashes(bank: Bank, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Returns 64 bits per row that depend on its shard's name and its key alone."""
+    keys = bank.keys()
+    found = np.empty(len(rows), np.uint64)
+    for place, (row, shard) in enumerate(
+        zip(rows, shard_names(bank, rows), strict=True)
+    ):
+        text = f"{shard}\0{keys[row]}".encode()
+        word = hashlib.blake2b(text, digest_size=8).digest()
+        found[place] = int.from_bytes(word, "little")
+    return found
+
+
+def _by_keys(bank: Bank, path: str, where: str) -> Bools:
+    lines = {line.strip() for line in read_url(path).decode().splitlines()} - {""}
+    keys = bank.keys()
+    rows = np.flatnonzero(keys != "")
+    chosen = np.zeros(len(keys), np.bool_)
+    met: set[str] = set()
+    for row, shard in zip(rows.tolist(), shard_names(bank, rows), strict=True):
+        key = str(keys[row])
+        names = {key, f"{shard}\t{key}"} & lines
+        if names:
+            chosen[row] = True
+            met |= names
+    if absent := sorted(lines - met):
+        raise TrainingError(
+            f"{where}.keys must be keys of the bank, got {absent[0]!r} and "
+            f"{len(absent) - 1} more that it does not have ({path})"
+        )
+    return chosen

@@ -1,0 +1,256 @@
+"""The reader's own copy of the shards: matched to the bank's, checked, read by row.
+
+A copy is the bank's shard if it has its name and its bytes: the size is compared before
+anything is read, a plain tar's headers are compared when a local copy is first opened,
+and every sample's key with the bank's. Only the bytes of the rows asked for are read: a
+row at a time from a local disk, a block's rows in one request from anywhere else.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from manifests.bank import ShardEntry
+from manifests.errors import StorageError
+from manifests.storage import is_local, open_url, read_range
+from pipeline.bank.open import Bank
+from pipeline.bank.sample_table import SampleTable
+from pipeline.samples.errors import ShardError
+from pipeline.samples.shards import (
+    RowSpan,
+    Sample,
+    index_shard,
+    parse_sample,
+    read_samples,
+)
+from pipeline.samples.sources import expand_shards, name_shards, stat_shards
+from student_train.errors import TrainingError
+
+Int64s = npt.NDArray[np.int64]
+
+
+class RowReader(Protocol):
+    """Reads samples of one block, from any thread."""
+
+    def read(self, row: int) -> Sample:
+        """Returns the sample of a row of the shard."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of files and bytes; nothing is read afterwards."""
+        ...
+
+
+class ShardCopies:
+    """Where a bank's shards lie for this reader."""
+
+    def __init__(self, bank: Bank, patterns: Sequence[str] | None, rows: Int64s):
+        """Matches and checks the copies of the shards that ``rows`` come from.
+
+        Args:
+            bank: an open bank.
+            patterns: absolute paths or URLs; None for where the bank found them.
+            rows: rows of the bank that will be read.
+
+        Raises:
+            TrainingError: a shard has no copy, or the copy has another size.
+            StorageError: a copy cannot be read.
+        """
+        record = bank.record
+        size = record.block_rows
+        blocks = set(np.unique(rows // size).tolist())
+        wanted = [
+            shard
+            for shard in record.shards
+            if not blocks.isdisjoint(shard.block_numbers)
+        ]
+        if patterns is None:
+            self._urls = {shard.name: shard.url for shard in wanted}
+        else:
+            self._urls = _match(wanted, expand_shards(patterns, "data.shards"))
+        urls = [self._urls[shard.name] for shard in wanted]
+        for shard, stat in zip(wanted, stat_shards(urls, "data.shards"), strict=True):
+            if stat.size_bytes != shard.size_bytes:
+                raise TrainingError(
+                    f"data.shards: {self._urls[shard.name]} must be the bank's "
+                    f"{shard.name} of {shard.size_bytes} bytes, got {stat.size_bytes}; "
+                    "give the shards that the bank was made from"
+                )
+        self._shard_of = {
+            block: shard for shard in wanted for block in shard.block_numbers
+        }
+        self._block_rows = size
+        self._table: SampleTable = bank.sample_table
+        self._lock = threading.Lock()
+        self._checked: dict[str, threading.Lock | None] = {}
+        self._keys = bank.keys()
+
+    def shard_of(self, block: int) -> ShardEntry:
+        """Returns the shard that owns a block."""
+        return self._shard_of[block]
+
+    def url_of(self, block: int) -> str:
+        """Returns where the copy of a block's shard lies."""
+        return self._urls[self._shard_of[block].name]
+
+    def first_row(self, block: int) -> int:
+        """Returns the row within its shard that a block starts with."""
+        return (block - self._shard_of[block].first_block) * self._block_rows
+
+    def open(self, block: int, rows: Int64s, wanted: frozenset[str]) -> RowReader:
+        """Returns a reader of some rows of a block.
+
+        Args:
+            block: number of the block.
+            rows: rows within the shard that will be asked for.
+            wanted: extensions to read.
+
+        Raises:
+            ShardError: the copy is not the shard that the bank was made from.
+            StorageError: it cannot be read.
+        """
+        shard, url = self._shard_of[block], self.url_of(block)
+        if shard.sequential:
+            first_key = str(self._keys[shard.first_block * self._block_rows])
+            return _HeldRows(url, shard, first_key, rows, wanted)
+        spans = self._table.spans(shard)
+        if is_local(url):
+            self._check_headers(shard, url)
+            return _LocalRows(url, spans.offset, spans.size, wanted)
+        return _FetchedRows(url, spans.offset, spans.size, rows, wanted)
+
+    def _check_headers(self, shard: ShardEntry, url: str) -> None:
+        """Compares a local copy's headers with the bank's, once."""
+        with self._lock:
+            guard = self._checked.setdefault(url, threading.Lock())
+        if guard is None:
+            return
+        with guard:
+            if self._checked[url] is None:
+                return
+            if index_shard(url).headers_sha256 != shard.headers_sha256:
+                raise ShardError(
+                    f"data.shards: {url} must be the bank's {shard.name}, but its "
+                    "members differ; give the shards that the bank was made from"
+                )
+            self._checked[url] = None
+
+
+def _match(wanted: Sequence[ShardEntry], urls: Sequence[str]) -> dict[str, str]:
+    """Returns the URL of each shard's copy: the one whose path ends in its name."""
+    by_name = dict(zip(name_shards(urls), urls, strict=True))
+    by_base: dict[str, list[str]] = {}
+    for url in urls:
+        by_base.setdefault(url.rstrip("/").rsplit("/", 1)[-1], []).append(url)
+    found = {}
+    for shard in wanted:
+        # The bank's name may have folders (the names repeat) or a version (@2).
+        path = shard.url.rstrip("/")
+        near = by_base.get(path.rsplit("/", 1)[-1], [])
+        if len(near) > 1:
+            near = [url for url in near if url.endswith("/" + shard.name)]
+        copy = by_name.get(shard.name) or (near[0] if len(near) == 1 else None)
+        if copy is None:
+            raise TrainingError(
+                f"data.shards must have a copy of the bank's {shard.name}, got none "
+                f"among {len(urls)} shards ({urls[0]}, ...); add it, or take rows of "
+                "other shards (data.rows.shards)"
+            )
+        found[shard.name] = copy
+    return found
+
+
+class _LocalRows:
+    """Rows of a plain tar on this machine, one positioned read each."""
+
+    def __init__(
+        self, url: str, offset: Int64s, size: Int64s, wanted: frozenset[str]
+    ) -> None:
+        self._url, self._offset, self._size = url, offset, size
+        self._wanted = wanted
+        self._file = open_url(url)
+
+    def read(self, row: int) -> Sample:
+        """Returns the sample of a row of the shard."""
+        size, offset = int(self._size[row]), int(self._offset[row])
+        try:
+            data = os.pread(self._file.fileno(), size, offset)
+        except OSError as error:
+            raise StorageError(f"cannot read {self._url}: {error}") from error
+        if len(data) < size:
+            raise ShardError(
+                f"shard {self._url} ends at byte {offset + len(data)}, within row {row}"
+            )
+        return parse_sample(data, self._wanted, self._url)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class _FetchedRows:
+    """Rows of a plain tar anywhere, fetched in one range."""
+
+    def __init__(
+        self,
+        url: str,
+        offset: Int64s,
+        size: Int64s,
+        rows: Int64s,
+        wanted: frozenset[str],
+    ) -> None:
+        self._url, self._offset, self._size = url, offset, size
+        self._wanted = wanted
+        self._start = int(offset[rows].min())
+        end = int((offset[rows] + size[rows]).max())
+        data = read_range(url, self._start, end)
+        if len(data) < end - self._start:
+            raise ShardError(f"shard {url} ends before byte {end}")
+        self._data = memoryview(data)
+
+    def read(self, row: int) -> Sample:
+        """Returns the sample of a row of the shard."""
+        start = int(self._offset[row]) - self._start
+        data = self._data[start : start + int(self._size[row])]
+        return parse_sample(data, self._wanted, self._url)
+
+    def close(self) -> None:
+        """Lets go of the bytes."""
+        self._data = memoryview(b"")
+
+
+class _HeldRows:
+    """Rows of a shard that must be read from its start: its wanted members are held.
+
+    Each block walks the shard anew: for training, shards are better plain tars.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        shard: ShardEntry,
+        first_key: str,
+        rows: Int64s,
+        wanted: frozenset[str],
+    ) -> None:
+        span = RowSpan(0, shard.samples, 0, shard.size_bytes, first_key)
+        chosen = set(rows.tolist())
+        self._samples = {
+            row: sample
+            for row, sample in read_samples(url, span, wanted, sequential=True)
+            if row in chosen
+        }
+
+    def read(self, row: int) -> Sample:
+        """Returns the sample of a row of the shard."""
+        return self._samples[row]
+
+    def close(self) -> None:
+        """Lets go of the samples."""
+        self._samples = {}
