@@ -26,13 +26,13 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import load_file
-from student_train.probes.protocol import run_probe
 
 from manifests.loading import load_job
-from manifests.recipe import Probe, Recipe
+from manifests.recipe import Probe, Recipe, RowsConfig, StudentConfig
 from pipeline.precompute import precompute
 from student_train import BankDataset, Reading
-from student_train.export import load_student
+from student_train.probes.protocol import ProbeRun
+from student_train.students import make_student
 from student_train.trainer import Trainer
 
 NETS = Path(__file__).with_name("cifar_nets.py")
@@ -65,8 +65,8 @@ def make_bank(data: Path, out: Path) -> str:
                 },
                 "outputs": {
                     "logits": output,
-                    "first": {"from": "output[first]"},
-                    "last": {"from": "output[last]"},
+                    "logits_first": {"from": "output[first]"},
+                    "logits_last": {"from": "output[last]"},
                 },
             }
         },
@@ -152,16 +152,22 @@ def probe(bank: str, students: dict[str, Path], out: Path) -> dict[str, Any]:
             "batch": 500,
         }
     )
-    return run_probe(found).to_json()
+    return ProbeRun(found).run().to_json()
 
 
 def top1(bank: str, run: Path, target: str) -> float:
     """Returns the share of test images that a run's own head gets right, in percent."""
-    student = load_student(run / "student").eval()
+    config = StudentConfig(
+        model=f"module:{NETS}:CifarResNet",
+        input="image",
+        weights=str(run / "student" / "model.safetensors"),
+    )
+    student = make_student(config, (32, 32), seed=0).eval()
     heads = load_file(run / "heads.safetensors")
     reading = Reading(inputs={"image": (32, 32)}, labels=["class"])
+    rows = RowsConfig(shards=[TEST])
     dataset = BankDataset(
-        bank, reading, batch=500, rows=_test_rows(), shuffle=False, keep_rest=True
+        bank, reading, batch=500, rows=rows, shuffle=False, keep_rest=True
     )
     right = 0
     with torch.no_grad():
@@ -173,12 +179,6 @@ def top1(bank: str, run: Path, target: str) -> float:
     return 100 * right / dataset.num_rows
 
 
-def _test_rows() -> Any:
-    from manifests.recipe import RowsConfig
-
-    return RowsConfig(shards=[TEST])
-
-
 SCARCE = {"share": (0.0, 0.04)}
 TENTH = {"share": (0.0, 0.4)}
 ARMS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any], int]]] = {
@@ -187,9 +187,13 @@ ARMS: dict[str, dict[str, tuple[dict[str, Any], dict[str, Any], int]]] = {
         "bank": ({"logits": distil("logits")}, TENTH, 312),
     },
     "experts": {
-        "expert-a": ({"first": distil("first")}, TENTH, 312),
-        "expert-b": ({"last": distil("last")}, TENTH, 312),
-        "both": ({"first": distil("first"), "last": distil("last")}, TENTH, 312),
+        "expert-a": ({"first": distil("logits_first")}, TENTH, 312),
+        "expert-b": ({"last": distil("logits_last")}, TENTH, 312),
+        "both": (
+            {"first": distil("logits_first"), "last": distil("logits_last")},
+            TENTH,
+            312,
+        ),
     },
     "kd": {
         "labels-all": ({"class": labels()}, {}, 975),
@@ -228,10 +232,12 @@ def main() -> None:
                     scores.setdefault(arm, {}).setdefault("top-1", []).append(found)
                 continue
             result = probe(bank, runs, args.out / f"probe-{name}-{seed}.json")
-            for row in result["probes"]["class"]["models"]:
-                for score in row["scores"]:
-                    held = scores.setdefault(f"{row['role']} {row['name']}", {})
-                    held.setdefault(score["kind"], []).append(100 * score["value"])
+            for score in result["probes"]["class"]["scores"]:
+                if score["kind"] is None:
+                    continue
+                held = scores.setdefault(f"{score['role']} {score['model']}", {})
+                kind = f"{score['kind']} {score['scale']}"
+                held.setdefault(kind, []).append(100 * score["value"])
         print(f"\n{name}, {args.seeds} seeds: mean (each)")
         for arm, kinds in scores.items():
             shown = ", ".join(

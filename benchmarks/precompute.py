@@ -62,10 +62,11 @@ def make_shards(folder: Path, count: int) -> str:
                 image = Image.fromarray(coarse).resize((400, 300), 3)
                 sink = io.BytesIO()
                 image.save(sink, "JPEG", quality=90)
-                info = tarfile.TarInfo(f"b{shard:03d}-{row:04d}.jpg")
-                info.size = sink.tell()
-                sink.seek(0)
-                tar.addfile(info, sink)
+                members = {"jpg": sink.getvalue(), "cls": str(row % 10).encode()}
+                for extension, data in members.items():
+                    info = tarfile.TarInfo(f"b{shard:03d}-{row:04d}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
     return str(folder / "bench-*.tar")
 
 

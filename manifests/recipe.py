@@ -334,8 +334,23 @@ class ProbeConfig(Strict):
     grid: tuple[int, int] | None = Field(
         None,
         description="dense: cells that every model's grid is resampled to; omitted: "
-        "the smallest of all",
+        "the smallest of all, the label's among them; of a bird's-eye label half its "
+        "rows and columns, at most 32",
     )
+    heights_m: tuple[float, ...] = Field(
+        (-1.7, -1.2),
+        min_length=1,
+        description="bird's-eye labels: heights at which a cell looks into the image, "
+        "LiDAR z; omitted: the ground and half a metre above it, under a LiDAR on a "
+        "car's roof",
+    )
+
+    @field_validator("grid")
+    @classmethod
+    def _has_cells(cls, grid: tuple[int, int] | None) -> tuple[int, int] | None:
+        if grid is not None and min(grid) < 1:
+            raise ValueError(f"must have at least 1 row and 1 column, got {list(grid)}")
+        return grid
 
 
 class SplitsConfig(Strict):

@@ -83,6 +83,8 @@ class Batch:
 
 def merge_batches(parts: Sequence[Batch]) -> Batch:
     """Returns one batch of what several workers made of it, in their order."""
+    # An epoch's last batch may have no row for some: their label maps have no shape.
+    parts = [part for part in parts if len(part)] or parts[:1]
     first = parts[0]
     if len(parts) == 1:
         return first

@@ -7,6 +7,7 @@ removed only then.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -21,9 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from manifests.errors import StorageError
 from student_train.errors import TrainingError
 
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
+_UNFINISHED = re.compile(r"step-\d{9}\.tmp")
 _POSITION = "position"
 
 
@@ -56,6 +59,9 @@ def save_checkpoint(
         position: how far training is.
         modules: student and heads.
         optimizer: over ``modules``' parameters.
+
+    Raises:
+        StorageError: it cannot be written; the one before it is still there.
     """
     tensors = {f"weights/{name}": one for name, one in modules.state_dict().items()}
     for name, parameter in modules.named_parameters():
@@ -63,33 +69,63 @@ def save_checkpoint(
             if value is not None:
                 tensors[f"optimizer/{name}/{kind}"] = torch.as_tensor(value)
     tensors["random/cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        for number, state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"random/cuda{number}"] = state
-    folder.mkdir(parents=True, exist_ok=True)
+    if (device := _cuda_of(modules)) is not None:
+        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
     path = folder / f"step-{position.step:09d}.safetensors"
-    temporary = path.with_suffix(".tmp")
-    # safetensors refuses tensors that share memory; clones of views do not.
-    contiguous = {
-        name: one.detach().cpu().contiguous() for name, one in tensors.items()
-    }
-    save_file(contiguous, temporary, {_POSITION: json.dumps(asdict(position))})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    _write(path, tensors, {_POSITION: json.dumps(asdict(position))})
     for other in folder.iterdir():
         found = _NAME.fullmatch(other.name)
-        if found and int(found[1]) < position.step:
+        is_older = found and int(found[1]) < position.step
+        # What a killed run was writing is of no use to anybody.
+        if is_older or _UNFINISHED.fullmatch(other.name):
             other.unlink()
     return path
 
 
 def save_heads(path: Path, heads: nn.Module) -> None:
-    """Writes the heads' weights by target: the way back to a teacher's own space."""
+    """Writes the heads' weights by target: the way back to a teacher's own space.
+
+    Raises:
+        StorageError: they cannot be written.
+    """
+    _write(path, heads.state_dict(), {})
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a file of tensors that is there whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    weights = {k: v.detach().cpu().contiguous() for k, v in heads.state_dict().items()}
-    save_file(weights, temporary)
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(_apart(tensors), temporary, metadata)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StorageError(
+            f"cannot write {path}: {error}; free some space or look at who owns it, "
+            "the same command then goes on from the checkpoint before"
+        ) from error
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors in plain memory that no two share, as safetensors demands."""
+    found: dict[str, Tensor] = {}
+    met: set[int] = set()
+    for name, one in tensors.items():
+        plain = one.detach().cpu().contiguous()
+        memory = plain.untyped_storage().data_ptr()
+        # Weights may be tied: two names of one parameter.
+        found[name] = plain.clone() if memory in met else plain
+        met.add(memory)
+    return found
+
+
+def _cuda_of(modules: nn.Module) -> torch.device | None:
+    """Returns the accelerator that modules lie on; asking any other would wake it."""
+    devices = (parameter.device for parameter in modules.parameters())
+    return next((device for device in devices if device.type == "cuda"), None)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -146,9 +182,8 @@ def load_checkpoint(path: Path, modules: nn.Module, optimizer: Optimizer) -> Pos
                 for kind, value in own.items()
             }
     torch.set_rng_state(tensors["random/cpu"])
-    for number in range(torch.cuda.device_count()):
-        if f"random/cuda{number}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"random/cuda{number}"], number)
+    if (device := _cuda_of(modules)) is not None and "random/cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["random/cuda"], device)
     return position
 
 

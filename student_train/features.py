@@ -183,7 +183,8 @@ def measure(model: nn.Module, size: Size) -> Shapes:
         with torch.no_grad():
             try:
                 image = torch.zeros(1, 3, *size, device="meta")
-                shapes = functional_call(probe, empty, (image,))
+                # Ties followed, a submodule in two places would stay without data.
+                shapes = functional_call(probe, empty, (image,), tie_weights=False)
             except (NotImplementedError, RuntimeError):
                 device = next(iter(tensors.values())).device if tensors else "cpu"
                 shapes = probe(torch.zeros(1, 3, *size, device=device))

@@ -14,7 +14,7 @@ from pipeline.bank.open import Bank
 from student_train.errors import TrainingError
 from student_train.inputs import InputReader, Size
 from student_train.order import draw_size
-from student_train.targets import TargetSource, find_output
+from student_train.targets import TargetSource, find_output, is_logits
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class OpenedReading:
                     f"targets.{name}: {path} must have the views that are shown, it "
                     f"lacks {lacking[:5]}; add them to the bank, or set loader.view"
                 )
-            is_logits = path.rpartition("/")[2] == "logits"
             chosen = reading.normalise
-            normalise = not is_logits if chosen is None else name in chosen
+            output = path.rpartition("/")[2]
+            normalise = not is_logits(output) if chosen is None else name in chosen
             self.sources[name] = TargetSource.open(bank, path, normalise)
             self.valid[name] = bank.validity(path)
         self.labels = {name: self._label(name) for name in reading.labels}
@@ -110,6 +110,11 @@ class OpenedReading:
         return values if _is_class(values) else values.astype(np.float32)
 
     def _calibration(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        if name not in self._reading.inputs:
+            raise TrainingError(
+                f"camera must be among the inputs that are read, got {name} of "
+                f"{', '.join(self._reading.inputs) or 'none'}; read its image too"
+            )
         config = self._bank.record.inputs[name].config
         if not config.get("calibration"):
             raise TrainingError(
@@ -140,7 +145,8 @@ class OpenedReading:
         for values in self.labels.values():
             found |= values >= 0 if _is_class(values) else ~np.isnan(values)
         found &= keys != ""
-        for name in self._reading.inputs:
+        mapped = {one.input for one in self._reading.maps.values() if one.input}
+        for name in sorted({*self._reading.inputs, *mapped}):
             found &= (self._bank.whole_array(f"views/{name}_size") > 0).all(axis=1)
         return found
 

@@ -6,16 +6,21 @@ goes on in its folder; one that would learn something else is refused.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from manifests.recipe import Recipe
+from manifests.storage import explain
 from student_train.errors import TrainingError
 
 _RECORD = "run.json"
+_LOCK = "run.lock"
 # Fields of a recipe that change how fast it runs, not what it learns.
 _FREE = ("run", "banks", "checkpoints", "engine")
 _FREE_OF = {"data": ("shards",), "loader": ("threads", "workers", "prefetch")}
@@ -25,7 +30,16 @@ class RunFolder:
     """One run's folder."""
 
     def __init__(self, path: str) -> None:
-        """Names the folder; nothing is written yet."""
+        """Names the folder; nothing is written yet.
+
+        Raises:
+            TrainingError: it is not on this machine.
+        """
+        if "://" in path:
+            raise TrainingError(
+                f"run must be a folder on this machine, got {path}; train into a local "
+                "folder and copy it when it is done"
+            )
         self.path = Path(path)
 
     @property
@@ -43,6 +57,34 @@ class RunFolder:
         """File of the heads when training is done; the student has none."""
         return self.path / "heads.safetensors"
 
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes out; however this one ends, the system lets them in.
+
+        Raises:
+            TrainingError: another process trains in the folder.
+            StorageError: it cannot be written to.
+        """
+        path = self.path / _LOCK
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = path.open("a")
+        except OSError as error:
+            raise explain(error, "write to run", str(self.path)) from error
+        with file:
+            try:
+                # Not flock, which the loader's processes would inherit and keep.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                # Some network file systems have no locks at all.
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise TrainingError(
+                        f"run {self.path} must be trained by one process at a time, "
+                        "but another is at it; let it end, or give the recipe another "
+                        "`run`"
+                    ) from error
+            yield
+
     def claim(self, recipe: Recipe, facts: Mapping[str, Any]) -> bool:
         """Makes the folder this recipe's, or checks that it is; returns if it is new.
 
@@ -52,6 +94,7 @@ class RunFolder:
 
         Raises:
             TrainingError: it is another recipe's, or the bank is not what it was.
+            StorageError: it cannot be written to.
         """
         mine = {"recipe": recipe.model_dump(mode="json", by_alias=True), **facts}
         record = self.path / _RECORD
@@ -67,9 +110,10 @@ class RunFolder:
         )
         if apart:
             raise TrainingError(
-                f"run {self.path} must be of one recipe, but {', '.join(apart[:5])} "
-                f"{'is' if len(apart) == 1 else 'are'} not what it was started with; "
-                "give the recipe another `run`, or remove the folder"
+                f"run {self.path} must be of one recipe and one state of its bank, but "
+                f"{', '.join(apart[:5])} {'is' if len(apart) == 1 else 'are'} not what "
+                "it was started with; give the recipe another `run`, or remove the "
+                "folder"
             )
         return False
 
@@ -81,10 +125,13 @@ class RunFolder:
         """
         path = self.path / _RECORD
         try:
-            found: dict[str, Any] = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            found = json.loads(path.read_text())
+            if not isinstance(found, dict) or not isinstance(found["recipe"], dict):
+                raise ValueError("it holds no recipe")
+        except (OSError, ValueError, KeyError) as error:
             raise TrainingError(
-                f"{self.path} must be the folder of a run: {path.name} {error}"
+                f"{self.path} must be the folder of a run, but {path.name} is missing "
+                f"or damaged ({error}); give the recipe another `run`"
             ) from error
         return found
 
@@ -93,16 +140,20 @@ class RunFolder:
         self._write(self.path / _RECORD, {**self.read(), "result": dict(result)})
 
     def _write(self, path: Path, value: Mapping[str, Any]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(value, indent=1) + "\n")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise explain(error, "write", str(path)) from error
 
 
 def _essential(record: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {k: v for k, v in record["recipe"].items() if k not in _FREE}
     for section, names in _FREE_OF.items():
-        recipe[section] = {k: v for k, v in recipe[section].items() if k not in names}
+        held = recipe.get(section) or {}
+        recipe[section] = {k: v for k, v in held.items() if k not in names}
     rest = {k: v for k, v in record.items() if k not in ("recipe", "result")}
     return {"recipe": recipe, **rest}
 

@@ -1,4 +1,4 @@
-"""The log of a run: ``log.csv`` and TensorBoard, a line each few steps.
+"""The log of a run: ``log.csv`` and TensorBoard, a line each few steps; and its speed.
 
 A run that goes on from a checkpoint drops the lines behind it, for those steps are made
 again.
@@ -6,8 +6,10 @@ again.
 
 from __future__ import annotations
 
+import contextlib
 import csv
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,25 @@ class RunLog:
 
     def __init__(self, folder: Path, targets: Sequence[str], step: int) -> None:
         """Opens the log, without what it says of steps after ``step``."""
-        self._columns = [*_COLUMNS, *(f"loss.{name}" for name in targets)]
+        columns = [*_COLUMNS, *(f"loss.{name}" for name in targets)]
         kept = [row for row in read_log(folder) if row["step"] <= step]
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / _LOG).open("w", newline="")
-        self._writer = csv.DictWriter(self._file, self._columns, restval="")
+        path = folder / _LOG
+        temporary = path.with_suffix(".tmp")
+        self._file = temporary.open("w", newline="")
+        self._writer = csv.DictWriter(
+            self._file, columns, restval="", extrasaction="ignore"
+        )
         self._writer.writeheader()
-        for row in kept:
-            self._writer.writerow({k: row[k] for k in self._columns if k in row})
+        self._writer.writerows(kept)
         self._file.flush()
-        self._last: dict[str, float] = {}
+        # Now and not before: a run killed meanwhile still has its log.
+        temporary.replace(path)
+        self._last: dict[str, float] = {
+            name: value
+            for name, value in (kept[-1] if kept else {}).items()
+            if name.startswith("loss")
+        }
         self._board: Any = SummaryWriter(
             str(folder / "tensorboard"), purge_step=step + 1
         )
@@ -65,9 +76,11 @@ class RunLog:
         self._file.flush()
         for name, value in numbers.items():
             self._board.add_scalar(name.replace(".", "/"), value, position.step)
+        # What a killed run has not written is not made again.
+        self._board.flush()
 
     def last_losses(self) -> dict[str, float]:
-        """Returns the losses of the last line."""
+        """Returns the losses of the last line, also where an earlier run wrote it."""
         return dict(self._last)
 
     def close(self) -> None:
@@ -83,17 +96,65 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         return []
     with path.open(newline="") as file:
         return [
-            {name: _number(value) for name, value in row.items() if value}
+            {
+                name: value if name == "stage" else _number(value)
+                for name, value in row.items()
+                if value
+            }
             for row in csv.DictReader(file)
             # A run killed while it wrote leaves half a line.
-            if row.get("step", "").isdigit() and None not in row.values()
+            if (row.get("step") or "").isdecimal() and None not in row.values()
         ]
 
 
-def _number(text: str) -> Any:
-    if text.isdigit():
-        return int(text)
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _number(text: str) -> int | float:
+    return int(text) if text.isdecimal() else float(text)
+
+
+class Meter:
+    """Samples per second, and the share of the time that went by waiting for data."""
+
+    def __init__(self) -> None:
+        self._start = self._lap = time.perf_counter()
+        self._waited = self._lap_waited = 0.0
+        self._samples = self._lap_samples = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time within as waited."""
+        begun = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - begun
+        self._waited += seconds
+        self._lap_waited += seconds
+
+    def count(self, samples: int) -> None:
+        """Counts samples that were learned from."""
+        self._samples += samples
+        self._lap_samples += samples
+
+    @property
+    def samples_per_s(self) -> float:
+        """Since the last lap."""
+        return self._lap_samples / max(time.perf_counter() - self._lap, 1e-9)
+
+    @property
+    def wait_share(self) -> float:
+        """Since the last lap."""
+        return self._lap_waited / max(time.perf_counter() - self._lap, 1e-9)
+
+    def lap(self) -> tuple[float, float]:
+        """Returns both since the last lap, and begins another."""
+        found = self.samples_per_s, self.wait_share
+        self._lap, self._lap_waited, self._lap_samples = time.perf_counter(), 0.0, 0
+        return found
+
+    def result(self, position: Position) -> dict[str, Any]:
+        """Returns steps of the run; seconds, speed and waiting since it was begun."""
+        seconds = time.perf_counter() - self._start
+        return {
+            "steps": position.step,
+            "seconds": round(seconds, 3),
+            "samples_per_s": round(self._samples / max(seconds, 1e-9), 2),
+            "wait_share": round(self._waited / max(seconds, 1e-9), 4),
+        }

@@ -185,7 +185,7 @@ class _LocalRows:
             raise StorageError(f"cannot read {self._url}: {error}") from error
         if len(data) < size:
             raise ShardError(
-                f"shard {self._url} ends at byte {offset + len(data)}, within row {row}"
+                f"shard {self._url} ends before byte {offset + size}, within row {row}"
             )
         return parse_sample(data, self._wanted, self._url)
 

@@ -25,7 +25,7 @@ from student_train.errors import TrainingError
 from student_train.inputs import Size, image_input
 from student_train.losses import LossTerm, TargetKind, parse_terms
 from student_train.reading import Reading
-from student_train.targets import find_output
+from student_train.targets import find_output, is_logits
 
 Shape = Literal["vector", "grid", "bev"]
 
@@ -164,8 +164,7 @@ def _output_task(
 ) -> Task:
     path = find_output(bank, source, recipe.student.input, where)
     entry = bank.output(path)
-    is_logits = entry.name == "logits" or "kl" in config.loss
-    kind: TargetKind = "logits" if is_logits else "features"
+    kind: TargetKind = "logits" if is_logits(entry.name) else "features"
     extent = entry.definition.get("extent")
     shape: Shape = "vector"
     if entry.kind == "grid":

@@ -8,18 +8,20 @@ bit for bit: order, augmentation and dropout are functions of what a checkpoint 
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator
+import hashlib
+import math
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifests.loading import digest
-from manifests.recipe import OptimizerConfig, Recipe, StageConfig
+from manifests.recipe import Recipe, StageConfig
 from pipeline.bank.open import Bank, open_bank
 from pipeline.samples.fitting import fit_size
 from student_train.batches import Batch
@@ -27,20 +29,22 @@ from student_train.checkpoints import (
     Position,
     latest_checkpoint,
     load_checkpoint,
-    read_position,
     save_checkpoint,
     save_heads,
 )
 from student_train.dataset import BankDataset, bank_loader
+from student_train.devices import choose_device
 from student_train.errors import TrainingError
 from student_train.export import export_student
 from student_train.features import Student
 from student_train.inputs import Size
 from student_train.objective import Objective
+from student_train.optimizers import make_optimizer
 from student_train.run_folder import RunFolder
-from student_train.run_log import RunLog
+from student_train.run_log import Meter, RunLog
 from student_train.schedules import lr_at
-from student_train.students import make_student
+from student_train.selection import select_rows
+from student_train.students import make_student, seeded
 from student_train.tasks import Task, reading_of, resolve_tasks
 
 
@@ -107,20 +111,26 @@ class Trainer:
         self.recipe = recipe
         (url,) = recipe.banks.values()
         self.bank = bank or open_bank(url)
-        self.device = _device(recipe.engine.device)
+        self.device = choose_device(recipe.engine.device)
         self.tasks: tuple[Task, ...] = resolve_tasks(recipe, self.bank)
-        torch.manual_seed(recipe.seed)
+        self.folder = RunFolder(recipe.run)
         if recipe.engine.threads is not None:
             torch.set_num_threads(recipe.engine.threads)
         self._sizes = self._stage_sizes()
         student = make_student(
             recipe.student, self._sizes[0][0], seed=recipe.seed, base=""
         )
-        for sizes in self._sizes:
-            for size in sizes:
-                student.grid_of(size)
-        self.modules = Modules(student, Objective(self.tasks, student))
+        if student.patch_dim is not None:
+            for sizes in self._sizes:
+                for size in sizes:
+                    student.grid_of(size)
+        with seeded(recipe.seed):
+            self.modules = Modules(student, Objective(self.tasks, student))
+            # Where dropout starts; another run in this process may be drawing too.
+            self._random = torch.get_rng_state()
+        self._has_begun = False
         self.modules.to(self.device)
+        self._rows = select_rows(self.bank, recipe.data.rows, "data.rows")
         self.datasets = [
             self._dataset(stage, sizes)
             for stage, sizes in zip(recipe.stages, self._sizes, strict=True)
@@ -129,7 +139,20 @@ class Trainer:
             stage.steps or (stage.epochs or 0) * dataset.num_steps
             for stage, dataset in zip(recipe.stages, self.datasets, strict=True)
         ]
-        self.folder = RunFolder(recipe.run)
+        for dataset in self.datasets:
+            lanes = dataset.order(0).num_lanes
+            if recipe.loader.workers and lanes % recipe.loader.workers:
+                raise TrainingError(
+                    "loader.window_blocks (or the batch, if smaller) must be a "
+                    f"multiple of loader.workers, got {lanes} for "
+                    f"{recipe.loader.workers} workers"
+                )
+        for stage, steps in zip(recipe.stages, self.stage_steps, strict=True):
+            if stage.warmup_steps >= steps:
+                raise TrainingError(
+                    f"warmup_steps of stage {stage.name} must be fewer than its steps "
+                    f"({steps}), got {stage.warmup_steps}"
+                )
 
     @property
     def student(self) -> Student:
@@ -138,21 +161,33 @@ class Trainer:
 
     def _stage_sizes(self) -> list[list[Size]]:
         """Returns each stage's input sizes, fitted to the aspect of the view's box."""
-        return [
-            [
-                one if isinstance(one, tuple) else self._fitted(one)
-                for one in stage.sizes or [None]
-            ]
-            for stage in self.recipe.stages
-        ]
+        found: list[list[Size]] = []
+        for stage in self.recipe.stages:
+            given: list[int | Size | None] = [*stage.sizes] or [None]
+            found.append(
+                [
+                    one if isinstance(one, tuple) else self._fitted(one, stage)
+                    for one in given
+                ]
+            )
+        return found
 
-    def _fitted(self, side: int | None) -> Size:
+    def _fitted(self, side: int | None, stage: StageConfig) -> Size:
         """Returns the size of about ``side`` x ``side`` pixels in the view's aspect."""
         student = self.recipe.student
         aspect = self.bank.record.inputs[student.input].aspect
-        model = make_student(student, None, seed=self.recipe.seed, base="")
-        native = model.native_size if side is None else (side, side)
-        return fit_size(native, model.stride, aspect, "tokens")
+        asked = None if side is None else (side, side)
+        is_module = student.model.startswith("module:")
+        if is_module and asked is None:
+            raise TrainingError(
+                f"size of stage {stage.name} must be given for a module: student, "
+                "which does not say at what size it looks at images; add `size: 224`"
+            )
+        # For its size and its stride alone; a module is asked at the size itself.
+        model = make_student(
+            student, asked if is_module else None, seed=0, base="", untrained=True
+        )
+        return fit_size(asked or model.native_size, model.stride, aspect, "tokens")
 
     def _dataset(self, stage: StageConfig, sizes: list[Size]) -> BankDataset:
         recipe = self.recipe
@@ -162,7 +197,7 @@ class Trainer:
             self.bank,
             reading_of(recipe, self.tasks, sizes),
             batch=stage.batch,
-            rows=recipe.data.rows,
+            rows=self._rows,
             shards=patterns,
             view=recipe.loader.view,
             window_blocks=recipe.loader.window_blocks,
@@ -186,40 +221,55 @@ class Trainer:
             should_stop: asked after each step; then a checkpoint is written.
 
         Raises:
-            TrainingError: the folder is another recipe's, or a loss is not finite.
+            TrainingError: the folder is another recipe's or another process's, or a
+                loss is not finite.
             BankError: a block is missing or damaged.
+            StorageError: the folder cannot be written to.
         """
-        self.folder.claim(self.recipe, self._facts())
-        held = self.folder.read().get("result")
-        if held is not None:
-            return Outcome(self.folder.path, True, held)
+        with self.folder.alone():
+            self.folder.claim(self.recipe, self._facts())
+            held = self.folder.read().get("result")
+            if held is not None:
+                return Outcome(self.folder.path, True, held)
+            optimizer = make_optimizer(self.recipe.optimizer, self.modules)
+            position = self._begin(optimizer)
+            columns = [task.name for task in self.tasks]
+            log = RunLog(self.folder.path, columns, position.step)
+            meter = Meter()
+            with contextlib.closing(log):
+                while position.stage < len(self.recipe.stages):
+                    steps = self._run_stage(position, optimizer, log, meter)
+                    with contextlib.closing(steps):
+                        for progress in steps:
+                            position = progress.position
+                            on_step(progress)
+                            if should_stop():
+                                self._save(position, optimizer)
+                                result = meter.result(position)
+                                return Outcome(self.folder.path, False, result)
+                    position = self._next_stage(position)
+                    # Each stage has an optimiser of its own, also after a resume here.
+                    optimizer = make_optimizer(self.recipe.optimizer, self.modules)
+                    self._save(position, optimizer)
+            return self._finish(position, meter, log)
+
+    def _begin(self, optimizer: Optimizer) -> Position:
+        """Returns where training stands, with everything as it was there."""
         checkpoint = latest_checkpoint(self.folder.checkpoints)
-        position = Position() if checkpoint is None else read_position(checkpoint)
-        columns = [task.name for task in self.tasks]
-        log = RunLog(self.folder.path, columns, position.step)
-        meter = _Meter()
-        try:
-            while position.stage < len(self.recipe.stages):
-                optimizer = _make_optimizer(self.recipe.optimizer, self.modules)
-                if checkpoint is not None:
-                    load_checkpoint(checkpoint, self.modules, optimizer)
-                    checkpoint = None
-                steps = self._run_stage(position, optimizer, log, meter)
-                for progress in steps:
-                    position = progress.position
-                    on_step(progress)
-                    if should_stop():
-                        save_checkpoint(
-                            self.folder.checkpoints, position, self.modules, optimizer
-                        )
-                        return Outcome(self.folder.path, False, meter.result(position))
-                position = self._next_stage(position)
-                save_checkpoint(
-                    self.folder.checkpoints, position, self.modules, optimizer
-                )
-        finally:
-            log.close()
-        return self._finish(position, meter, log)
+        if checkpoint is not None:
+            return load_checkpoint(checkpoint, self.modules, optimizer)
+        if self._has_begun:
+            raise TrainingError(
+                f"run {self.folder.path} must start from weights that are not trained, "
+                "but it failed before its first checkpoint; make another Trainer"
+            )
+        self._has_begun = True
+        torch.manual_seed(self.recipe.seed)
+        torch.set_rng_state(self._random)
+        return Position()
+
+    def _save(self, position: Position, optimizer: Optimizer) -> None:
+        save_checkpoint(self.folder.checkpoints, position, self.modules, optimizer)
 
     def _next_stage(self, position: Position) -> Position:
         """Returns where the next stage starts: an epoch of its own, in its batches."""
@@ -232,8 +282,8 @@ class Trainer:
         )
 
     def _run_stage(
-        self, position: Position, optimizer: Optimizer, log: RunLog, meter: _Meter
-    ) -> Iterator[Progress]:
+        self, position: Position, optimizer: Optimizer, log: RunLog, meter: Meter
+    ) -> Generator[Progress, None, None]:
         """Yields after each step of a stage, from where it stands."""
         recipe, number = self.recipe, position.stage
         stage, dataset = recipe.stages[number], self.datasets[number]
@@ -254,25 +304,26 @@ class Trainer:
                 )
                 with meter.waiting():
                     batch = next(batches)
-                loss, shares = self._step(batch, optimizer, rate)
+                loss, norm, shares = self._step(batch, optimizer, rate)
                 position = _after(position, dataset.num_steps)
                 meter.count(len(batch))
                 value = float(loss)
-                if not torch.isfinite(loss):
+                # A gradient may overflow while its loss does not: no checkpoint of it.
+                if not math.isfinite(value) or not torch.isfinite(norm):
                     raise TrainingError(
-                        f"loss must be finite, got {value} at step {position.step} "
+                        f"loss and gradient must be finite, got {value} and a norm of "
+                        f"{float(norm)} at step {position.step} "
                         f"({', '.join(f'{k} {float(v)}' for k, v in shares.items())});"
                         " lower the learning rate or look at the rows "
                         f"{batch.rows[:8].tolist()} ..."
                     )
-                if position.step % recipe.checkpoints.every_steps == 0:
-                    save_checkpoint(
-                        self.folder.checkpoints, position, self.modules, optimizer
-                    )
                 is_last = position.stage_step == total
+                # Before the checkpoint: what is not logged by then is never made again.
                 if position.step % recipe.checkpoints.log_steps == 0 or is_last:
                     speed, share = meter.lap()
                     log.write(position, stage.name, rate, value, shares, speed, share)
+                if position.step % recipe.checkpoints.every_steps == 0:
+                    self._save(position, optimizer)
                 yield Progress(
                     position,
                     sum(self.stage_steps),
@@ -284,8 +335,8 @@ class Trainer:
 
     def _step(
         self, batch: Batch, optimizer: Optimizer, rate: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Makes one step; returns the loss before it."""
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Makes one step; returns loss, norm of its gradient and shares before it."""
         recipe = self.recipe
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -296,32 +347,54 @@ class Trainer:
             loss, shares = self.modules.objective(features, batch, recipe.student.input)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if recipe.optimizer.clip_norm is not None:
-            nn.utils.clip_grad_norm_(
-                self.modules.parameters(), recipe.optimizer.clip_norm
-            )
+        limit = recipe.optimizer.clip_norm
+        norm = nn.utils.clip_grad_norm_(
+            self.modules.parameters(), math.inf if limit is None else limit
+        )
         optimizer.step()
-        return loss.detach(), shares
+        return loss.detach(), norm, shares
 
     # What is kept.
 
     def _facts(self) -> dict[str, Any]:
-        """Returns what the order of rows depends on besides the recipe."""
+        """Returns what the weights depend on besides the recipe: the bank's state."""
         return {
             "rows": [dataset.num_rows for dataset in self.datasets],
+            "data": self._data_digest(),
             "steps": self.stage_steps,
             "sources": {
                 task.name: [task.path, self.bank.pass_of(task.path).fingerprint]
                 for task in self.tasks
                 if task.path is not None
             },
+            # A bank that grows has others, also where the rows are the same.
+            "statistics": {
+                name: digest([one.mean.tolist(), one.std.tolist()])
+                for name, source in self.datasets[0].sources.items()
+                if (one := source.normaliser) is not None
+            },
         }
 
-    def _finish(self, position: Position, meter: _Meter, log: RunLog) -> Outcome:
+    def _data_digest(self) -> str:
+        """Returns what tells the rows and their shards from any others."""
+        record = self.bank.record
+        rows = np.flatnonzero(self._rows)
+        blocks = set(np.unique(rows // record.block_rows).tolist())
+        shards = [
+            [shard.name, shard.size_bytes, shard.headers_sha256, shard.first_block]
+            for shard in record.shards
+            if not blocks.isdisjoint(shard.block_numbers)
+        ]
+        return digest(
+            [shards, hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()]
+        )
+
+    def _finish(self, position: Position, meter: Meter, log: RunLog) -> Outcome:
         result = meter.result(position) | {"losses": log.last_losses()}
         facts = {
             "recipe": digest(self.recipe.model_dump(mode="json", by_alias=True)),
             "bank": self.bank.url,
+            "input": self.recipe.student.input,
             "steps": position.step,
             "targets": {task.name: task.config.source for task in self.tasks},
         }
@@ -340,89 +413,4 @@ def _after(position: Position, epoch_steps: int) -> Position:
         position.stage_step + 1,
         position.epoch + epoch,
         rest,
-    )
-
-
-class _Meter:
-    """Samples per second, and the share of the time that went by waiting for data."""
-
-    def __init__(self) -> None:
-        self._start = self._lap = time.perf_counter()
-        self._waited = self._lap_waited = 0.0
-        self._samples = self._lap_samples = 0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - begun
-        self._waited += seconds
-        self._lap_waited += seconds
-
-    def count(self, samples: int) -> None:
-        self._samples += samples
-        self._lap_samples += samples
-
-    @property
-    def samples_per_s(self) -> float:
-        return self._lap_samples / max(time.perf_counter() - self._lap, 1e-9)
-
-    @property
-    def wait_share(self) -> float:
-        return self._lap_waited / max(time.perf_counter() - self._lap, 1e-9)
-
-    def lap(self) -> tuple[float, float]:
-        """Returns both since the last lap, and begins another."""
-        found = self.samples_per_s, self.wait_share
-        self._lap, self._lap_waited, self._lap_samples = time.perf_counter(), 0.0, 0
-        return found
-
-    def result(self, position: Position) -> dict[str, Any]:
-        seconds = time.perf_counter() - self._start
-        return {
-            "steps": position.step,
-            "seconds": round(seconds, 3),
-            "samples_per_s": round(self._samples / max(seconds, 1e-9), 2),
-            "wait_share": round(self._waited / max(seconds, 1e-9), 4),
-        }
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise TrainingError(
-            f"engine.device must be auto, cpu, cuda or cuda:N, got {name!r}"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TrainingError(
-            f"engine.device must be a device of this machine, got {name}; torch sees "
-            "no accelerator"
-        )
-    return device
-
-
-def _make_optimizer(config: OptimizerConfig, modules: nn.Module) -> Optimizer:
-    """Returns an optimiser; weight decay spares norms, biases and tokens."""
-    decayed: list[Tensor] = []
-    spared: list[Tensor] = []
-    for name, parameter in modules.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_token = name.rpartition(".")[2].endswith(("token", "tokens", "embed"))
-        (spared if parameter.ndim < 2 or is_token else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": spared, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if config.kind == "adamw":
-        return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps)
-    return torch.optim.SGD(
-        groups,
-        lr=0.0,
-        momentum=config.momentum,
-        nesterov=config.nesterov and config.momentum > 0,
     )

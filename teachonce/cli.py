@@ -24,8 +24,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="teachonce",
         description="Run each teacher once, keep its features in a bank.",
-        epilog="The first hour: plan, precompute, info, train. `teachonce VERB --help` has an "
-        "example of each.",
+        epilog="The first hour: plan, precompute, info, train. "
+        "`teachonce VERB --help` has an example of each.",
     )
     parser.add_argument("--version", action="store_true", help="print the version")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB")

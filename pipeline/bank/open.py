@@ -93,7 +93,10 @@ class Bank:
 
     def _sizes(self, pass_id: str) -> dict[str, tuple[int, int]]:
         if self._committed is None:
-            self._committed = {entry.id: {} for entry in self.record.passes}
+            # Filled before it is seen: threads that read at once must find it whole.
+            committed: dict[str, dict[str, tuple[int, int]]] = {
+                entry.id: {} for entry in self.record.passes
+            }
             if self.record.state is not None:
                 table = read_blocks(self._store).to_pydict()
                 for name, paths, sizes, crcs in zip(
@@ -104,7 +107,8 @@ class Bank:
                     strict=True,
                 ):
                     found = zip(sizes, crcs, strict=True)
-                    self._committed[name] |= dict(zip(paths, found, strict=True))
+                    committed[name] |= dict(zip(paths, found, strict=True))
+            self._committed = committed
         return self._committed[pass_id]
 
     def array(self, path: str, suffix: str = "") -> BankArray:

@@ -56,9 +56,10 @@ def _columns(
         if entry.config["kind"] == "image":
             columns += [(f"{name}.height", pa.int32()), (f"{name}.width", pa.int32())]
             if entry.config.get("calibration"):
+                # Not lists of a fixed size: Parquet's reader fails on a null in those.
                 columns += [
-                    (f"{name}.intrinsics", pa.list_(pa.float64(), 9)),
-                    (f"{name}.lidar2cam", pa.list_(pa.float64(), 16)),
+                    (f"{name}.intrinsics", pa.list_(pa.float64())),
+                    (f"{name}.lidar2cam", pa.list_(pa.float64())),
                     (f"{name}.calibration_reason", pa.string()),
                 ]
         else:

@@ -1,4 +1,4 @@
-"""Linear probes of grids: a class or a positive number for every pixel.
+"""Linear probes of grids: a class or a number for every pixel.
 
 Owns the protocol: what is fitted, what is scored, and the choice of the penalty.
 Fitting is ``regression``'s, pixels and cells are ``cells``', grids of another size are
@@ -46,6 +46,7 @@ from student_train.probes.scores import (
     delta1,
     mean_iou,
     pixel_accuracy,
+    r_squared,
     rmse,
 )
 from student_train.probes.splits import (
@@ -66,7 +67,8 @@ class DenseSplit:
         grids_NHWC: (N, h, w, C) float, finite in valid cells.
         labels_NHW: (N, H, W) integer classes, -1 where there is none. At least as fine
             as the grid, over the same box; a whole multiple is not needed.
-        numbers_NHW: (N, H, W) float, positive, NaN where there is none.
+        numbers_NHW: (N, H, W) float, NaN where there is none; positive if logarithms
+            are learned.
         valid_NHW: (N, h, w) bool; other cells are not fitted, their pixels not scored
             and never drawn on. All, if absent.
     """
@@ -78,7 +80,7 @@ class DenseSplit:
 
 
 class _Cells(NamedTuple):
-    """A checked split: zeros in invalid cells; float64 logarithms for numbers."""
+    """A checked split: zeros in invalid cells; numbers or logarithms in float64."""
 
     grids_NhwC: Tensor
     valid_Nhw: Tensor
@@ -154,27 +156,30 @@ def dense_number_probe(
     choose: DenseSplit,
     test: DenseSplit,
     *,
+    log: bool = True,
     device: str | torch.device = "cpu",
 ) -> ProbeScore:
-    """Returns delta1 of a ridge regression of cells' logarithms, fitted on ``fit``.
+    """Returns delta1 (``log``) or the error of a ridge regression fitted on ``fit``.
 
-    A cell's target is the mean natural logarithm of its known pixels; cells without any
-    are left out. The predicted logarithm is upsampled to the numbers' resolution.
-    delta1 is the share of known pixels within a factor of 1.25. The penalty is that of
-    ``RIDGE_PENALTIES`` with the best delta1 on ``choose``, the stronger where equal.
-    ``details`` has ``rmse_log`` (natural logarithm) and ``rmse`` (the numbers' unit) on
-    ``test``.
+    A cell's target is the mean of its known pixels, or of their natural logarithms;
+    cells without any are left out. The prediction is upsampled to the numbers'
+    resolution. With ``log`` the measure is delta1, the share of known pixels within a
+    factor of 1.25, and ``details`` has ``rmse_log`` and ``rmse`` (the numbers' unit) on
+    ``test``; else it is the root mean squared error, and ``details`` has ``r_squared``.
+    The penalty is that of ``RIDGE_PENALTIES`` with the best measure on ``choose``, the
+    stronger where equal.
 
     Args:
         fit: images to fit to, with numbers.
         choose: images that choose the penalty.
         test: images scored.
+        log: learn and score logarithms; numbers are then positive.
         device: where to compute.
 
     Raises:
         TrainingError: a split that cannot be used, or a number that is not positive.
     """
-    splits = _number_cells(fit, choose, test, torch.device(device))
+    splits = _number_cells(fit, choose, test, log, torch.device(device))
     means_Nhw = cell_means(splits["fit"].truth_NHW, splits["fit"].valid_Nhw.shape[1:])
     chosen_Nhw = splits["fit"].valid_Nhw & means_Nhw.isfinite()
     features = splits["fit"].grids_NhwC[chosen_Nhw]
@@ -189,23 +194,34 @@ def dense_number_probe(
     maps = {found.penalty: found for found in path}
     curve = {}
     for penalty, found in maps.items():
-        predicted_P, true_P = _logarithms(rotated, found, splits["choose"])
-        curve[penalty] = delta1(predicted_P.exp(), true_P.exp())
-    best = max(curve, key=lambda penalty: (curve[penalty], penalty))
+        predicted_P, true_P = _predictions(rotated, found, splits["choose"])
+        curve[penalty] = _measure(predicted_P, true_P, log)
+    sign = 1 if log else -1
+    best = max(curve, key=lambda penalty: (sign * curve[penalty], penalty))
 
     rotated = _rotate(basis, splits["test"].grids_NhwC)
-    predicted_P, true_P = _logarithms(rotated, maps[best], splits["test"])
+    predicted_P, true_P = _predictions(rotated, maps[best], splits["test"])
     details = curve_details("l2", curve)
-    details["rmse_log"] = rmse(predicted_P, true_P)
-    details["rmse"] = rmse(predicted_P.exp(), true_P.exp())
+    if log:
+        details["rmse_log"] = rmse(predicted_P, true_P)
+        details["rmse"] = rmse(predicted_P.exp(), true_P.exp())
+    else:
+        details["r_squared"] = r_squared(predicted_P, true_P)
     return ProbeScore(
-        value=delta1(predicted_P.exp(), true_P.exp()),
-        metric="delta1",
-        higher_is_better=True,
+        value=_measure(predicted_P, true_P, log),
+        metric="delta1" if log else "rmse",
+        higher_is_better=log,
         setting={"l2": best},
         choose_value=curve[best],
         details=details | _counts(splits, len(features)),
     )
+
+
+def _measure(predicted_P: Tensor, true_P: Tensor, log: bool) -> float:
+    """Returns delta1 of logarithms, else the root mean squared error."""
+    if log:
+        return delta1(predicted_P.exp(), true_P.exp())
+    return rmse(predicted_P, true_P)
 
 
 def _confusion(
@@ -229,10 +245,10 @@ def _confusion(
     return confusion_KK
 
 
-def _logarithms(
+def _predictions(
     rotated_NhwR: Tensor, found: LinearMap, split: _Cells
 ) -> tuple[Tensor, Tensor]:
-    """Returns the predicted and the true logarithm of a split's known pixels."""
+    """Returns what is predicted and what is true of a split's known pixels."""
     predicted, true = [], []
     for images in image_pieces(split.truth_NHW, 2):
         truth_NHW = split.truth_NHW[images]
@@ -278,7 +294,11 @@ def _class_cells(
 
 
 def _number_cells(
-    fit: DenseSplit, choose: DenseSplit, test: DenseSplit, device: torch.device
+    fit: DenseSplit,
+    choose: DenseSplit,
+    test: DenseSplit,
+    log: bool,
+    device: torch.device,
 ) -> dict[str, _Cells]:
     """Returns the checked splits by name; invalid cells' pixels are NaN."""
     splits = {}
@@ -286,18 +306,20 @@ def _number_cells(
         if split.numbers_NHW is None:
             raise TrainingError(f"numbers_NHW must be given, got None (split {name})")
         numbers_NHW = as_tensor(split.numbers_NHW, torch.float64, device)
-        wrong = (numbers_NHW <= 0) | numbers_NHW.isinf()
+        wrong = numbers_NHW.isinf()
+        if log:
+            wrong |= numbers_NHW <= 0
         if bool(wrong.any()):
             raise TrainingError(
-                "numbers must be positive and finite, or NaN where there is none, got "
-                f"{float(numbers_NHW[wrong][0])} (split {name})"
+                f"numbers must be {'positive and ' if log else ''}finite, or NaN where "
+                f"there is none, got {float(numbers_NHW[wrong][0])} (split {name})"
             )
         cells = _cells(name, split, numbers_NHW)
-        logs_NHW = numbers_NHW.log().where(
+        truth_NHW = (numbers_NHW.log() if log else numbers_NHW).where(
             valid_pixels(cells.valid_Nhw, cells.truth_NHW), math.nan
         )
-        _check_known(name, "known", logs_NHW.isfinite())
-        splits[name] = cells._replace(truth_NHW=logs_NHW)
+        _check_known(name, "known", truth_NHW.isfinite())
+        splits[name] = cells._replace(truth_NHW=truth_NHW)
     check_rows_and_widths({name: cells.grids_NhwC for name, cells in splits.items()})
     return splits
 

@@ -5,16 +5,24 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from manifests.loading import load_job
+from manifests.recipe import MapLabel
 from pipeline.bank.open import Bank, open_bank
 from pipeline.precompute import precompute
+from student_train import BankDataset, Reading
+from student_train.batches import Batch
 from tests.conftest import (
     POINTS_INPUT,
     POINTS_TEACHER,
@@ -29,6 +37,26 @@ BLOCK_ROWS = 4
 NUM_CLASSES = 5
 NET = {"model": "module:./nets.py:Net", "weights": "random:1", "on": ["image"]}
 NO_IMAGE, NO_LABEL, NO_SWEEP = "s0-0002", "s1-0003", "s2-0001"
+SIZE = (12, 20)
+SEG = MapLabel(member="seg.png", input="image", num_classes=4, ignore=[3])
+DEPTH = MapLabel(member="depth.png", input="image", scale=0.25, ignore=[7])
+READING = Reading(
+    inputs={"image": SIZE},
+    targets={
+        "patch": "net/patch",
+        "half": "net/layer1",
+        "top": "net/logits",
+        "brain": "brain/image/16x16/patch",
+        "all": "brain/image/16x16/logits",
+        "points": "points/pooled",
+        "raw_logits": "points/logits",
+    },
+    labels=["class", "number"],
+    maps={"seg": SEG, "depth": DEPTH},
+    cameras=["image"],
+)
+"""All there is to read of the bank, in one reading."""
+LEAN = Reading(inputs={"image": (8, 8)}, targets={"patch": "net/patch"})
 
 
 def png(values: np.ndarray, palette: bool = False) -> bytes:
@@ -175,7 +203,78 @@ def make_joined(folder: Path) -> Joined:
     return joined
 
 
+def contents(batch: Batch) -> dict[str, np.ndarray]:
+    """Everything a batch holds, as arrays of their own memory."""
+    found = {
+        "at": np.array([batch.epoch, batch.step]),
+        "rows": batch.rows.copy(),
+        "keys": np.array(batch.keys),
+    }
+    tensors = {f"inputs/{name}": one for name, one in batch.inputs.items()}
+    tensors |= {f"labels/{name}": one for name, one in batch.labels.items()}
+    for name, target in batch.targets.items():
+        tensors[f"targets/{name}/valid"] = target.valid
+        tensors[f"targets/{name}"] = target.values()
+        for suffix, array in target.arrays.items():
+            is_bfloat16 = array.dtype == torch.bfloat16
+            tensors[f"targets/{name}{suffix}:stored"] = (
+                array.view(torch.int16) if is_bfloat16 else array
+            )
+    for name, camera in batch.cameras.items():
+        tensors[f"cameras/{name}/intrinsics"] = camera.intrinsics
+        tensors[f"cameras/{name}/lidar2cam"] = camera.lidar2cam
+    return found | {name: one.numpy().copy() for name, one in tensors.items()}
+
+
+def assert_equal(
+    one: Sequence[dict[str, np.ndarray]], other: Sequence[dict[str, np.ndarray]]
+) -> None:
+    """Asserts that batches hold the same, bit for bit."""
+    assert len(one) == len(other)
+    for left, right in zip(one, other, strict=True):
+        assert left.keys() == right.keys()
+        for name, array in left.items():
+            assert array.dtype == right[name].dtype
+            np.testing.assert_array_equal(array, right[name], err_msg=name)
+
+
 @pytest.fixture(scope="session")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> Joined:
     """The bank and its shards; not to be written to."""
     return make_joined(tmp_path_factory.mktemp("joined"))
+
+
+@pytest.fixture(scope="module")
+def bank(joined: Joined) -> Bank:
+    """The bank, opened."""
+    return joined.open()
+
+
+def epoch_of(
+    dataset: BankDataset, epoch: int = 0, step: int = 0
+) -> list[dict[str, np.ndarray]]:
+    """Contents of the batches of an epoch from a step on."""
+    return [contents(batch) for batch in dataset.batches(epoch, step)]
+
+
+def our_threads() -> list[str]:
+    """Names of a dataset's threads that run now."""
+    names = [one.name for one in threading.enumerate()]
+    return [name for name in names if name.startswith(("load", "make"))]
+
+
+@pytest.fixture
+def no_thread_stays() -> Iterator[None]:
+    """Asserts that the test leaves none of a dataset's threads behind."""
+    yield
+    assert our_threads() == []
+
+
+@pytest.fixture
+def remote(joined: Joined) -> Iterator[Any]:
+    """The shards in an object store."""
+    fs = fsspec.filesystem("memory")
+    for path in joined.shards:
+        fs.pipe_file(f"/copy/{path.name}", path.read_bytes())
+    yield fs
+    fs.rm("/copy", recursive=True)

@@ -1,63 +1,246 @@
-"""Targets: an order that hangs on (seed, epoch) alone, values standardised."""
+"""Targets: what a bank stores, in float32, standardised; and which output is meant."""
 
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.errors import BankError
-from manifests.loading import load_job
-from pipeline.bank.open import open_bank
-from pipeline.precompute import precompute
-from student_train.targets import block_order, iter_targets, standardise
+from manifests.job import OutputConfig
+from pipeline.bank.blocks import read_block
+from pipeline.bank.encodings import make_encoding
+from student_train.errors import TrainingError
+from student_train.targets import (
+    Normaliser,
+    Target,
+    TargetSource,
+    as_stored,
+    decode,
+    find_output,
+)
 
-PATH = "net/image/16x16/patch"
-
-
-@given(st.integers(0, 300), st.integers(0, 2**32), st.integers(0, 1000))
-def test_order_is_a_permutation(num_blocks, seed, epoch):
-    order = block_order(num_blocks, seed, epoch)
-    assert sorted(order) == list(range(num_blocks))
-
-
-def test_order_does_not_change_between_versions():
-    assert block_order(8, seed=0, epoch=0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
-    assert block_order(8, seed=0, epoch=1).tolist() != block_order(8, 0, 0).tolist()
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+GRID, VECTOR = ("grid", (2, 3, 7)), ("vector", (7,))
 
 
-def test_standardise_floors_dead_channels():
-    values = np.array([[1.0, 5.0, 5.0], [3.0, 5.0, 7.0]])
-    out = standardise(values, values.mean(0), values.var(0))
+def stored(config, kind, shape, dtype, values, usable):
+    """What a bank holds of (rows, *shape) values, as tensors; and its encoding."""
+    encoding = make_encoding(config, name="x", kind=kind, shape=shape, dtype=dtype)
+    given = values.astype(DTYPES[dtype])
+    if dtype == "bfloat16":
+        given = given.view(np.uint16)
+    arrays = encoding.encode(given, usable).arrays
+    tensors = {
+        suffix: as_stored(array, encoding, suffix) for suffix, array in arrays.items()
+    }
+    return encoding, tensors
+
+
+@pytest.mark.parametrize("preset", ["raw", "lossless", "half"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "shape"), [GRID, VECTOR])
+def test_plain_values_are_exact(preset, dtype, kind, shape):
+    values = np.random.default_rng(0).normal(0, 3, (5, *shape)).astype(np.float32)
+    usable = np.array([True, False, True, True, False])
+    config = OutputConfig(encoding=preset)
+    encoding, tensors = stored(config, kind, shape, dtype, values, usable)
+    found = decode(encoding, tensors)
+    expected = values.astype(DTYPES[dtype]).astype(np.float32)
+    if preset == "half":
+        expected = expected.astype(np.float16).astype(np.float32)
+    expected[~usable] = np.nan
+    assert found.dtype == torch.float32
+    np.testing.assert_array_equal(found.numpy(), expected)
+    logical = "float16" if preset == "half" else dtype
+    assert tensors[""].dtype == getattr(torch, logical)
+
+
+@given(
+    st.integers(2, 30),
+    st.data(),
+    st.sampled_from(sorted(DTYPES)),
+    st.sampled_from([(1.0,), (2.0, 1.0), (0.5, 4.0)]),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_topk_keeps_the_largest_and_the_mass(
+    classes, data, dtype, temperatures, is_grid, seed
+):
+    k = data.draw(st.integers(1, classes))
+    shape = (2, 2, classes) if is_grid else (classes,)
+    rng = np.random.default_rng(seed)
+    values = rng.normal(0, 4, (3, *shape)).astype(np.float32)
+    config = OutputConfig(topk=k, temperatures=temperatures)
+    kind = "grid" if is_grid else "vector"
+    usable = np.array([True, False, True])
+    encoding, tensors = stored(config, kind, shape, dtype, values, usable)
+    found = decode(encoding, tensors).numpy()
+    exact = values.astype(DTYPES[dtype]).astype(np.float64)
+    assert found.shape == values.shape
+    assert np.isnan(found[1]).all()
+    found, exact = (
+        found[usable].reshape(-1, classes),
+        exact[usable].reshape(-1, classes),
+    )
+    for shown, true in zip(found, exact, strict=True):
+        # Largest first, ties by lower id.
+        top = np.lexsort((np.arange(classes), -true))[:k]
+        others = np.setdiff1d(np.arange(classes), top)
+        np.testing.assert_array_equal(shown[top], true[top])
+        if len(others):
+            first = temperatures[0]
+            assert np.ptp(shown[others]) == 0
+            mass = np.exp(true[others] / first).sum()
+            uniform = first * np.log(mass / len(others))
+            expected = min(uniform, true[top[-1]])
+            np.testing.assert_allclose(shown[others], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_many_classes_need_wide_ids():
+    shape = (70_000,)
+    values = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    usable = np.array([True, False])
+    config = OutputConfig(topk=2)
+    encoding, tensors = stored(config, "vector", shape, "float32", values, usable)
+    assert tensors["_index"].dtype == torch.uint32
+    found = decode(encoding, tensors).numpy()
+    top = np.argsort(-values[0])[:2]
+    np.testing.assert_array_equal(found[0, top], values[0, top])
+    assert np.isnan(found[1]).all()
+
+
+def test_decoding_is_that_of_the_bank(joined):
+    bank = joined.open()
+    for path in bank.outputs:
+        source = TargetSource.open(bank, path, normalise=False)
+        for view in (0, 2):
+            arrays = {
+                suffix: as_stored(
+                    read(bank, path, suffix, view), source.encoding, suffix
+                )
+                for suffix in source.encoding.suffixes
+            }
+            found = Target(source, arrays, torch.ones(4, dtype=torch.bool)).values()
+            np.testing.assert_array_equal(found.numpy(), bank.read(path, 0, view))
+
+
+def read(bank, path, suffix, view):
+    return read_block(bank.array(path, suffix), 0, view)
+
+
+def test_an_encoding_that_is_not_known_here(joined, monkeypatch):
+    source = TargetSource.open(joined.open(), "net/image/16x16/patch", False)
+    monkeypatch.setattr(type(source.encoding), "preset", "tiny")
+    message = r"of \['half', 'lossless', 'raw', 'topk'\], got 'tiny' \(output patch\)"
+    with pytest.raises(TrainingError, match=message):
+        decode(source.encoding, {})
+
+
+def test_standardising_floors_dead_channels():
+    values = np.array([[1.0, 5.0, 5.0], [3.0, 5.0, 7.0]], np.float32)
+    normalise = Normaliser.of(
+        values.mean(0).astype(np.float64), values.var(0).astype(np.float64)
+    )
     # std is 1, 0, 1: the dead channel is divided by 0.01 times the median, not by 0.
-    np.testing.assert_allclose(out, [[-1, 0, -1], [1, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(normalise.std.numpy(), [1, 0.01, 1], rtol=1e-6)
+    off = values + np.array([[0, 0.1, 0], [0, 0, 0]])
+    found = normalise(torch.from_numpy(off.astype(np.float32)))
+    np.testing.assert_allclose(found.numpy(), [[-1, 10, -1], [1, 0, 1]], rtol=1e-4)
 
 
-def test_every_valid_row_once_with_its_key(make_shards, make_job, tmp_path):
-    make_shards([11, 8, 3])
-    precompute(load_job(str(make_job())), quiet=True)
-    bank = open_bank(str(tmp_path / "bank"))
-    blocks = list(iter_targets(bank, PATH, seed=3, epoch=2))
-    rows = np.concatenate([block.rows for block in blocks])
-    assert sorted(rows) == np.flatnonzero(bank.validity(PATH)).tolist()
-    assert [block.rows[0] // 8 for block in blocks] == block_order(4, 3, 2).tolist()
-    keys = bank.keys()
-    for block in blocks:
-        assert list(block.keys) == [keys[row] for row in block.rows]
-    values = np.concatenate([block.values for block in blocks])
-    flat = values.reshape(-1, values.shape[-1])
-    np.testing.assert_allclose(flat.mean(0), 0, atol=1e-4)
-    np.testing.assert_allclose(flat.std(0), 1, atol=1e-3)
-    raw = next(iter_targets(bank, PATH, seed=3, epoch=2, normalise=False))
-    first = int(raw.rows[0]) // 8
-    inside = bank.validity(PATH)[first * 8 : first * 8 + 8]
-    np.testing.assert_array_equal(raw.values, bank.read(PATH, first)[inside])
+def test_standardising_leaves_what_is_stored(joined):
+    bank = joined.open()
+    source = TargetSource.open(bank, "net/image/16x16/patch", normalise=True)
+    arrays = {"": as_stored(read(bank, source.path, "", 0), source.encoding, "")}
+    before = arrays[""].clone()
+    target = Target(source, arrays, torch.ones(4, dtype=torch.bool))
+    one, other = target.values(), target.to("cpu").values()
+    assert torch.equal(arrays[""].nan_to_num(), before.nan_to_num())
+    assert torch.equal(one.nan_to_num(), other.nan_to_num())
+    assert not torch.equal(one.nan_to_num(), before.nan_to_num())
 
 
-def test_a_missing_object_is_named(make_shards, make_job, tmp_path):
-    make_shards([11])
-    precompute(load_job(str(make_job())), quiet=True)
-    path = tmp_path / "bank" / "features.zarr" / PATH / "c.1.0.0.0.0"
-    path.unlink()
-    bank = open_bank(str(tmp_path / "bank"))
-    with pytest.raises(BankError, match=f"{PATH}, block 1, view 0"):
-        list(iter_targets(bank, PATH))
+def test_topk_has_no_statistics(joined):
+    with pytest.raises(BankError, match="no array 'net/image/16x16/stats/logits_mean'"):
+        TargetSource.open(joined.open(), "net/image/16x16/logits", normalise=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("net/patch", "net/image/16x16/patch"),
+        ("net/image/patch", "net/image/16x16/patch"),
+        ("brain/image/8x16/logits", "brain/image/8x16/logits"),
+        ("points/pooled", "points/lidar/native/pooled"),
+    ],
+)
+def test_an_output_is_found(joined, source, path):
+    assert find_output(joined.open(), source, "image", "targets.t") == path
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "nett/patch",
+            r"t: teacher must be one of the bank's \(brain, net, points\)",
+        ),
+        ("net/cls", r"t: the bank must have the output, got 'net/cls'; of net it has "),
+        ("net/lidar/patch", "the bank must have the output, got 'net/lidar/patch'"),
+        ("net/image/16x16/patch/more", "must have the output"),
+        ("net", "must have the output, got 'net'"),
+        ("brain/patch", "must name one output, it could be any of brain/image/16x16/p"),
+        ("brain/image/patch", "brain/image/8x16/patch; write it whole"),
+    ],
+)
+def test_an_output_that_is_not_one(joined, source, message):
+    with pytest.raises(TrainingError, match=message):
+        find_output(joined.open(), source, "image", "targets.t")
+
+
+def test_of_several_groups_the_students_own_is_meant(joined):
+    """The same teacher on two cameras: the student's input says which."""
+    bank = joined.open()
+    (entry,) = [one for one in bank.record.passes if one.teacher == "net"]
+    other = entry.model_copy(
+        update={"group": "back", "inputs": ("back",), "id": "net.back"}
+    )
+    passes = [*bank.record.passes, other]
+    record = bank.record.model_copy(update={"passes": passes})
+    two = type(bank)(bank._store, record)
+    assert find_output(two, "net/patch", "image", "t") == "net/image/16x16/patch"
+    assert find_output(two, "net/patch", "back", "t") == "net/back/16x16/patch"
+    with pytest.raises(TrainingError, match="net/image/16x16/patch, net/back/16"):
+        find_output(two, "net/patch", "lidar", "t")
+
+
+def test_where_a_birds_eye_grid_lies(joined):
+    source = TargetSource.open(joined.open(), "net/image/16x16/patch", False)
+    assert source.extent is None
+    extent = {"x_m": [0.0, 40.0], "y_m": [-20.0, 20.0]}
+    entry = source.entry.model_copy(
+        update={"definition": source.entry.definition | {"extent": extent}}
+    )
+    found = dataclasses.replace(source, entry=entry).extent
+    assert found is not None
+    assert (found.x_m, found.y_m, found.row_0) == ((0.0, 40.0), (-20.0, 20.0), "x_max")
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_rounding_never_lifts_the_others_above_what_is_kept(temperature):
+    """Equal logits: their common value, found by a logarithm, may round upwards."""
+    values = np.random.default_rng(0).normal(0, 30, (500, 1)).astype(np.float32)
+    values = np.repeat(values, 11, axis=1)
+    config = OutputConfig(topk=3, temperatures=(temperature,))
+    usable = np.ones(len(values), np.bool_)
+    encoding, tensors = stored(config, "vector", (11,), "float32", values, usable)
+    found = decode(encoding, tensors).numpy()
+    np.testing.assert_array_equal(found[:, :3], values[:, :3])
+    assert (found[:, 3:] <= values[:, 3:]).all()
+    np.testing.assert_allclose(found, values, rtol=1e-5, atol=1e-6)

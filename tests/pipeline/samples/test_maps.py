@@ -49,7 +49,9 @@ def test_grey_values_are_what_was_stored(bits):
     """Pillow stretches shallow ones over 0..255: class 1 of 2 would become 255."""
     values = np.random.default_rng(bits).integers(0, 2**bits, (5, 7))
     values[0, :2] = 0, 2**bits - 1
-    np.testing.assert_array_equal(np.asarray(decode_map(grey_png(values, bits))), values)
+    np.testing.assert_array_equal(
+        np.asarray(decode_map(grey_png(values, bits))), values
+    )
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -130,6 +132,8 @@ def test_the_whole_image_at_its_own_size_is_the_map():
     values = np.random.default_rng(0).integers(0, 2**16, (9, 13), np.uint16)
     label = decode_map(encode(Image.fromarray(values)))
     box = (0.0, 0.0, 13.0, 9.0)
-    np.testing.assert_array_equal(map_in_view(label, box, (9, 13), False, (9, 13)), values)
+    np.testing.assert_array_equal(
+        map_in_view(label, box, (9, 13), False, (9, 13)), values
+    )
     mirrored = map_in_view(label, box, (9, 13), True, (9, 13))
     np.testing.assert_array_equal(mirrored, values[:, ::-1])

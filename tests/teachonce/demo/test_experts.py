@@ -383,6 +383,28 @@ def test_rarer_classes_weigh_more() -> None:
     np.testing.assert_allclose(weights.mean(), 1, rtol=1e-6)
 
 
+def test_log_error_of_a_small_case() -> None:
+    """Nothing counts in the sky, neither there nor in steps to it."""
+    truth = torch.tensor([[[1.0, 2.0], [3.0, float("nan")]]])
+    guess = torch.tensor([[[1.5, 2.0], [2.0, 9.0]]], requires_grad=True)
+    loss = train.log_error(guess, truth)
+    # Errors 0.5, 0, -1; one step down of -1.5, one across of -0.5.
+    assert loss.item() == pytest.approx(1.5 / 3 + 0.5 * (1.5 + 0.5))
+    loss.backward()
+    assert guess.grad is not None
+    assert guess.grad.isfinite().all()
+    assert guess.grad[0, 1, 1] == 0
+
+
+def test_depth_starts_from_semantics_where_it_can() -> None:
+    semantics, depth = nets.SemanticsNet(), nets.DepthNet()
+    head = depth.pyramid.coarse[0].weight.clone()
+    train.start_from(depth, semantics)
+    assert torch.equal(depth.stem[1][0].weight, semantics.stem[1][0].weight)
+    assert torch.equal(depth.pyramid.features.bias, semantics.pyramid.features.bias)
+    assert torch.equal(depth.pyramid.coarse[0].weight, head)
+
+
 def test_half_of_the_weighting_is_taken_back() -> None:
     torch.manual_seed(0)
     model = nets.OccupancyNet().eval()

@@ -1,0 +1,31 @@
+"""Which device a student runs on."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from student_train.errors import TrainingError
+
+
+def choose_device(name: str) -> torch.device:
+    """Returns the device of ``engine.device``; ``auto`` is CUDA where there is one.
+
+    Raises:
+        TrainingError: no such device, or this machine has none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):
+        raise TrainingError(
+            f"engine.device must be auto, cpu, cuda or cuda:N, got {name!r}"
+        )
+    device = torch.device(name)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise TrainingError(
+            f"engine.device must be a device of this machine, got {name}; torch sees "
+            f"{count or 'no'} accelerator{'s' if count > 1 else ''}"
+        )
+    return device
