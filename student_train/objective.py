@@ -22,6 +22,8 @@ from student_train.tasks import Task
 
 # Cells of a bird's-eye head for a label, where the recipe does not say.
 _BEV_CELLS = (32, 32)
+# Channels that a camera's cells are brought to before they are lifted, at most.
+_BEV_LIFTED = 64
 
 
 class Objective(nn.Module):
@@ -178,4 +180,6 @@ def _make_head(task: Task, tokens: str, student: Student) -> nn.Module:
         row_0=extent.row_0,
         column_0=extent.column_0,
     )
-    return BevHead(width, task.width, hidden, grid, config.heights_m)
+    return BevHead(
+        width, task.width, hidden, grid, config.heights_m, min(hidden, _BEV_LIFTED)
+    )

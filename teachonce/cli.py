@@ -117,6 +117,19 @@ def _parser() -> argparse.ArgumentParser:
     document_arguments(probe, "probe")
     probe.add_argument("--quiet", action="store_true", help="no progress bar")
     probe.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    report = verb(
+        "report",
+        "Write a page of pictures: a bank, runs trained from it, their scores",
+        "report bank/ --run mine=runs/seed1 --probe probe.json --out report.html",
+    )
+    report.add_argument("bank", help="path or URL of the bank")
+    report.add_argument(
+        "--run", action="append", metavar="NAME=FOLDER", help="a run; may come again"
+    )
+    report.add_argument("--probe", help="JSON that `teachonce probe` wrote")
+    report.add_argument("--shards", nargs="+", help="where the shards lie now")
+    report.add_argument("--title", help="of the page")
+    report.add_argument("--out", default="report.html", help="file to write")
     teachers = verb(
         "teachers",
         "List the teacher families, or say what one model gives",
@@ -126,11 +139,14 @@ def _parser() -> argparse.ArgumentParser:
     teachers.add_argument("--json", action="store_true", help=_COMMON_HELP)
     demo = verb(
         "demo",
-        "Draw a small driving dataset, then plan, precompute, verify and info on it",
-        "demo demo-out --scenes 48 --night 0.3",
+        "Draw a driving dataset, run three experts once, train and score students",
+        "demo demo-out --scenes 400 --night 0.3",
     )
     demo.add_argument("folder", nargs="?", default="demo-out", help="where to work")
-    demo.add_argument("--scenes", type=int, default=48, help="number of scenes")
+    demo.add_argument(
+        "--scenes", type=int, default=400, help="to learn from; a quarter more to test"
+    )
+    demo.add_argument("--steps", type=int, default=150, help="of each student")
     demo.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     demo.add_argument("--night", type=float, default=0.2, help="share of night scenes")
     demo.add_argument("--fog", type=float, default=0.2, help="share of foggy scenes")

@@ -16,8 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PIECE_ELEMENTS = 1 << 23
-"""Elements (images x classes x pixels) of a temporary, or one image's if more."""
+PIECE_ELEMENTS = 1 << 20
+"""Elements (images x classes x pixels) of a temporary, or one image's if more.
+
+Small enough for a core's cache, large enough that a piece's overhead does not count.
+"""
 
 
 def class_shares(labels_NHW: Tensor, grid_hw: tuple[int, ...], num: int) -> Tensor:

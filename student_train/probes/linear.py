@@ -1,8 +1,8 @@
 """Linear probes of vectors: a class each, or a number each.
 
 Owns the two grids of penalties, which are the same for every model, and the choice from
-them. Fitting is ``regression``'s. About 15 evaluations of one matrix product each way
-per penalty; hard cases take 80.
+them. Fitting is ``regression``'s, to its own tolerance: where ``choose`` has few rows,
+a coarser one changes what is chosen.
 
 Shape suffixes: N rows, D features, K classes.
 """
@@ -66,9 +66,7 @@ def linear_probe(
     basis = Basis.of(features_ND)
     rotated = basis.rotate(choose_ND)
     targets_NK = F.one_hot(labels_N, num_classes).double()
-    path = logistic_path(
-        basis.rotate(features_ND), basis.spectrum_R, targets_NK, PENALTIES
-    )
+    path = logistic_path(basis.rotate(features_ND), targets_NK, PENALTIES)
     maps = {found.penalty: found for found in path}
     curve = {
         penalty: accuracy(found(rotated).argmax(1), choose_N)

@@ -87,10 +87,10 @@ def confusion_matrix(predicted_N: Tensor, labels_N: Tensor, num_classes: int) ->
         labels_N: (N,) int64 classes in [0, num_classes), or -1: left out.
         num_classes: K.
     """
-    kept = labels_N != IGNORED
-    pairs = labels_N[kept] * num_classes + predicted_N[kept]
-    counts = torch.bincount(pairs, minlength=num_classes * num_classes)
-    return counts.reshape(num_classes, num_classes)
+    # What is left out becomes pair -1, counted first and dropped: cheaper than a mask.
+    pairs_N = (labels_N * num_classes + predicted_N).clamp_min(-1)
+    counts = torch.bincount(pairs_N + 1, minlength=num_classes * num_classes + 1)
+    return counts[1:].reshape(num_classes, num_classes)
 
 
 def class_iou(confusion_KK: Tensor) -> Tensor:
@@ -165,5 +165,6 @@ def delta1(predicted_N: Tensor, true_N: Tensor) -> float:
     Source: Eigen, Puhrsch and Fergus, "Depth map prediction from a single image using a
         multi-scale deep network" (2014), section 4.2: max(d/d*, d*/d) < 1.25.
     """
-    ratio_N = predicted_N.double() / true_N.double()
-    return float((torch.maximum(ratio_N, 1 / ratio_N) < 1.25).double().mean())
+    predicted_N, true_N = predicted_N.double(), true_N.double()
+    near_N = (predicted_N < 1.25 * true_N) & (true_N < 1.25 * predicted_N)
+    return int(near_N.sum()) / len(near_N)

@@ -55,10 +55,10 @@ def describe_bank(bank: Bank) -> BankFacts:
     """Returns what a report says of a bank, also of one that is not finalised."""
     record, store = bank.record, Store(bank.url)
     facts = bank_facts(store, record)
-    sizes = _array_bytes(store, record)
+    sizes = array_bytes(store, record)
     return BankFacts(
         _summary(facts, sizes, record),
-        _teachers(facts, record, _seconds(store)),
+        _teachers(facts, record, teacher_seconds(store)),
         _outputs(store, record, sizes),
         _arrays(store, record, sizes),
         _invalid(facts),
@@ -87,7 +87,7 @@ def _summary(
     )
 
 
-def _seconds(store: Store) -> dict[str, float]:
+def teacher_seconds(store: Store) -> dict[str, float]:
     """Returns seconds of forwards by teacher, over all runs that ended."""
     found: dict[str, float] = defaultdict(float)
     for run in list_runs(store):
@@ -147,7 +147,7 @@ def _weights(weights: Mapping[str, Any]) -> str:
     return f"random, seed {weights['seed']}" if "seed" in weights else NONE
 
 
-def _array_bytes(store: Store, record: BankRecord) -> dict[str, int]:
+def array_bytes(store: Store, record: BankRecord) -> dict[str, int]:
     """Returns bytes of the committed objects of each array of features."""
     found: dict[str, int] = defaultdict(int)
     for objects in _committed(store, record):
@@ -171,7 +171,7 @@ def _committed(store: Store, record: BankRecord) -> Iterator[list[tuple[str, int
         ]
 
 
-def _float32_bytes(store: Store, record: BankRecord) -> dict[str, int]:
+def float32_bytes(store: Store, record: BankRecord) -> dict[str, int]:
     """Returns what each array's rows and views would take as float32, by its path.
 
     An array that holds a part of an output counts as the whole output.
@@ -193,7 +193,7 @@ def _float32_bytes(store: Store, record: BankRecord) -> dict[str, int]:
 
 def _outputs(store: Store, record: BankRecord, sizes: Mapping[str, int]) -> Table:
     rows = []
-    as_float32 = _float32_bytes(store, record)
+    as_float32 = float32_bytes(store, record)
     total = [0, 0]
     for path, _, output in layout.outputs(record):
         arrays = [ArraySpec.from_json(data).path for data in output.arrays]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from manifests.loading import load_job
+from manifests.recipe_loading import load_recipe
 from pipeline.bank.open import open_bank
 from pipeline.precompute import precompute
 from tests.conftest import ROOT
@@ -47,11 +48,14 @@ def test_stock_readers(bank, library):
         assert names["keys"][0] == "s0-0000"
 
 
-def test_reading_targets(bank):
-    (lines,) = (text for text in snippets() if "iter_targets" in text)
+def test_the_loop_of_ones_own(bank):
+    (lines,) = (text for text in snippets() if "BankDataset" in text)
+    assert len(lines.strip().splitlines()) <= 30
     names: dict = {}
     exec(lines, names)
-    assert names["block"].values.shape[1:] == (4, 4, 16)
+    assert names["batch"].epoch == 1
+    assert names["target"].values().shape == (4, 4, 4, 16)
+    assert names["loss"].item() < 1.5
 
 
 def test_literal_json_in_the_architecture_is_json():
@@ -62,10 +66,16 @@ def test_literal_json_in_the_architecture_is_json():
         json.loads(document)
 
 
-def test_the_jobs_yaml_loads(tmp_path):
+def test_the_documents_load(tmp_path):
     text = (ROOT / "README.md").read_text()
-    (job,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    job, recipe = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "job.yaml").write_text(job)
     loaded = load_job(str(tmp_path / "job.yaml"))
     assert set(loaded.teachers) == {"dinov3", "siglip2", "ours"}
     assert loaded.teachers["ours"].outputs["logits"].encoding == "topk"
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert set(load_recipe(str(tmp_path / "recipe.yaml")).targets) == {
+        "cls",
+        "patch",
+        "class",
+    }

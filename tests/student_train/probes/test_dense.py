@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from student_train.errors import TrainingError
+from student_train.probes import dense
 from student_train.probes.dense import (
     DenseSplit,
     dense_class_probe,
@@ -146,6 +147,32 @@ def test_choose_decides_the_penalty():
     assert weak.setting["l2"] < strong.setting["l2"]
     assert weak.value < strong.value
     assert dense_class_probe(fit, choose, fit, 2).setting == strong.setting
+
+
+def test_the_tolerance_of_cells_costs_less_than_a_tenth_of_a_point(monkeypatch):
+    # Correlated channels, overlapping and rare classes, borders within cells.
+    rng = np.random.default_rng(10)
+    centres = 0.6 * rng.normal(size=(6, 32))
+    mixing = rng.normal(size=(32, 32)) * np.logspace(0, -2.5, 32)
+    frequency = [0.4, 0.3, 0.15, 0.1, 0.04, 0.01]
+
+    def make(num):
+        cells = rng.choice(6, size=(num, 8, 8), p=frequency)
+        noise = rng.normal(size=(num, 8, 8, 32))
+        features = (centres[cells] + noise) @ mixing
+        labels = np.roll(cells.repeat(4, 1).repeat(4, 2), (1, 2), (1, 2))
+        return DenseSplit(features.astype(np.float32), labels)
+
+    splits = make(40), make(20), make(40)
+    found = dense_class_probe(*splits, 6)
+    monkeypatch.setattr(dense, "CELLS_GRADIENT", 1e-7)
+    converged = dense_class_probe(*splits, 6)
+    assert converged.details["gradient"] < 1e-7 < found.details["gradient"]
+    assert found.setting == converged.setting
+    assert found.value == pytest.approx(converged.value, abs=1e-3)
+    for name, value in converged.details.items():
+        if name.startswith("choose") or name == "pixel_accuracy":
+            assert found.details[name] == pytest.approx(value, abs=1e-3)
 
 
 def test_numbers_of_a_log_linear_scene():

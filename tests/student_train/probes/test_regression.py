@@ -1,5 +1,7 @@
 """Fits against Newton's method and linear algebra in NumPy, in the original axes."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from student_train.probes import regression
-from student_train.probes.regression import Basis, logistic_path, ridge_path
+from student_train.probes.regression import (
+    FLOAT32_GRADIENT,
+    GRADIENT,
+    Basis,
+    logistic_path,
+    ridge_path,
+)
 
 PENALTIES = (1.0, 1e-2, 1e-4)
 
@@ -65,7 +73,7 @@ def test_logistic_fit_is_newtons(monkeypatch, seed, piece_rows):
     design = np.concatenate([standardised(features), np.ones((150, 1))], axis=1)
     basis = Basis.of(torch.from_numpy(features))
     rotated = basis.rotate(torch.from_numpy(features))
-    path = logistic_path(rotated, basis.spectrum_R, torch.from_numpy(shares), PENALTIES)
+    path = logistic_path(rotated, torch.from_numpy(shares), PENALTIES)
     for found, penalty in zip(path, PENALTIES, strict=True):
         weights = in_original_axes(basis, found)
         gradient, _ = gradient_and_hessian(design, shares, weights, penalty)
@@ -78,6 +86,47 @@ def test_logistic_fit_is_newtons(monkeypatch, seed, piece_rows):
             expected - expected.mean(1, keepdims=True),
             atol=2e-3,
         )
+
+
+def test_float32_products_still_give_newtons_probabilities():
+    features, shares = problem(5, num=600, width=12)
+    design = np.concatenate([standardised(features), np.ones((600, 1))], axis=1)
+    basis = Basis.of(torch.from_numpy(features))
+    rotated = basis.rotate(torch.from_numpy(features))
+    path = logistic_path(
+        rotated, torch.from_numpy(shares), PENALTIES, tolerance=FLOAT32_GRADIENT
+    )
+    for found, penalty in zip(path, PENALTIES, strict=True):
+        logits = design @ newton(design, shares, penalty)
+        chance = np.exp(logits - logits.max(1, keepdims=True))
+        chance /= chance.sum(1, keepdims=True)
+        assert found.gradient <= FLOAT32_GRADIENT
+        np.testing.assert_allclose(found(rotated).softmax(1), chance, atol=1e-3)
+
+
+def test_separable_rows_end_with_finite_weights():
+    # No weight is large enough for them, and the products' rounding shows.
+    features = np.repeat(np.eye(4, dtype=np.float32), 50, axis=0)
+    basis = Basis.of(torch.from_numpy(features))
+    rotated = basis.rotate(torch.from_numpy(features))
+    for tolerance in (GRADIENT, FLOAT32_GRADIENT):
+        *_, found = logistic_path(
+            rotated,
+            torch.from_numpy(features),
+            (1.0, 1e-3, 1e-6, 1e-9),
+            tolerance=tolerance,
+        )
+        assert bool(found.weight_RK.isfinite().all())
+        assert found.gradient < 1e-3
+        expected = features.argmax(1)
+        np.testing.assert_array_equal(found(rotated).argmax(1), expected)
+
+
+def test_what_is_not_asked_for_is_not_fitted():
+    features, shares = problem(6)
+    rotated = torch.from_numpy(standardised(features))
+    path = logistic_path(rotated, torch.from_numpy(shares), (1.0, math.nan))
+    assert next(path).penalty == 1.0
 
 
 def test_a_dead_channel_is_floored_not_amplified():
@@ -137,11 +186,7 @@ def test_an_absent_class_is_never_predicted_and_finite():
     with_absent = np.insert(shares, 1, 0.0, axis=1)
     basis = Basis.of(torch.from_numpy(features))
     rotated = basis.rotate(torch.from_numpy(features))
-    (three,) = logistic_path(
-        rotated, basis.spectrum_R, torch.from_numpy(shares), [1e-3]
-    )
-    (four,) = logistic_path(
-        rotated, basis.spectrum_R, torch.from_numpy(with_absent), [1e-3]
-    )
+    (three,) = logistic_path(rotated, torch.from_numpy(shares), [1e-3])
+    (four,) = logistic_path(rotated, torch.from_numpy(with_absent), [1e-3])
     np.testing.assert_array_equal(four(rotated)[:, [0, 2, 3]], three(rotated))
     assert float(four(rotated)[:, 1].max()) == regression.ABSENT_LOGIT
