@@ -159,8 +159,6 @@ def _recipe(
                 }
             ],
             "seed": seed,
-            # Two threads that wait for each other are slow beside any other program.
-            "engine": {"threads": 1},
         },
     )
 

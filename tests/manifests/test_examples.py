@@ -1,22 +1,71 @@
-"""The worked examples: every one loads, and those on real data are planned."""
+"""The worked examples: all load and fit together, those on real data are planned."""
 
 from __future__ import annotations
 
+import fnmatch
 from pathlib import Path
 
 import pytest
 
+from manifests.job import Job, TeacherConfig
 from manifests.loading import load_job
+from manifests.recipe_loading import load_probe, load_recipe
+from manifests.yaml_text import parse_yaml
 from pipeline.estimate import estimate
 from pipeline.plan import make_plan
 from tests.conftest import ROOT
 
-EXAMPLES = sorted((ROOT / "manifests" / "examples").glob("*.yaml"))
+FOLDER = ROOT / "manifests" / "examples"
+EXAMPLES = sorted(FOLDER.glob("*.yaml"))
+RECIPES = sorted(p for p in (FOLDER / "recipes").glob("*.yaml") if p.stem != "probe")
+PROBE = FOLDER / "recipes" / "probe.yaml"
+
+
+def comment_of(path: Path) -> list[str]:
+    """The lines that an example starts with, without their #."""
+    lines = path.read_text().splitlines()
+    end = next(place for place, line in enumerate(lines) if not line.startswith("#"))
+    return [line[1:] for line in lines[:end]]
+
+
+def job_of(bank: str) -> Job:
+    """The example whose job makes a bank, with what a recipe's comment adds to it."""
+    (job,) = (job for job in map(load_job, map(str, EXAMPLES)) if job.bank == bank)
+    return job
+
+
+def added_teachers(path: Path) -> dict[str, TeacherConfig]:
+    """Teachers that a comment says to add to the job, five columns in."""
+    text = "\n".join(line for line in comment_of(path) if line.startswith(" " * 5))
+    fields = parse_yaml(text.encode(), path.name) if text else {}
+    return {name: TeacherConfig.model_validate(one) for name, one in fields.items()}
+
+
+def assert_held(job: Job, teachers: dict[str, TeacherConfig], source: str) -> None:
+    """Asserts that a job gives <teacher>/<output>, or with a group between."""
+    name, *group, output = source.split("/")
+    if name == "labels":
+        assert output in job.labels
+        return
+    teacher = (job.teachers | teachers)[name]
+    assert output in teacher.outputs
+    patterns = teacher.on or ["*"]
+    assert isinstance(patterns, list)
+    on = [one for one in job.inputs if any(fnmatch.fnmatch(one, p) for p in patterns)]
+    # A teacher on several inputs has an output of that name for each.
+    assert group in ([], *([one] for one in on))
 
 
 def test_there_are_examples():
     names = {path.stem for path in EXAMPLES}
     assert {"imagenet", "cifar10", "kitti", "nuscenes"} <= names
+    assert {path.stem for path in RECIPES} == {
+        "camera_from_lidar",
+        "eupe",
+        "labels",
+        "plain_kd",
+        "several_teachers",
+    }
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -26,6 +75,109 @@ def test_an_example_loads_and_says_how_it_is_run(path):
     assert f"{path.name}" in path.read_text()
     assert all(one.outputs for one in job.teachers.values())
     assert job.bank.startswith(("gs://", str(path.parent)))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_learns_what_an_example_makes(path):
+    recipe = load_recipe(str(path))
+    ((name, bank),) = recipe.banks.items()
+    job = job_of(bank)
+    assert job.inputs[recipe.student.input].kind == "image"
+    for target in recipe.targets.values():
+        first, _, source = target.source.partition("/")
+        assert first == name
+        assert_held(job, added_teachers(path), source)
+    assert recipe.run.startswith(str(FOLDER / "runs"))
+    assert recipe.student.weights is None
+
+
+@pytest.mark.parametrize("path", [*RECIPES, PROBE], ids=lambda path: path.stem)
+def test_a_recipe_says_how_it_is_run_and_where_its_numbers_are_from(path):
+    verb = "probe" if path == PROBE else "train"
+    comment = comment_of(path)
+    assert any(
+        line.strip().startswith(f"teachonce {verb} {path.name}") for line in comment
+    )
+    assert any(line.startswith(" Numbers: ") for line in comment)
+
+
+def test_eupe_is_the_published_second_stage():
+    # EUPE (arXiv 2603.22387), sections 3.1, 3.3 and 4.1.
+    recipe = load_recipe(str(FOLDER / "recipes" / "eupe.yaml"))
+    weights = {
+        name: {loss: term.weight for loss, term in target.loss.items()}
+        for name, target in recipe.targets.items()
+    }
+    assert weights == {
+        "cls": {"cosine": 1.0},
+        "patch": {"cosine": 0.9, "smooth_l1": 0.1},
+    }
+    heads = [target.head for target in recipe.targets.values()]
+    assert {(head.kind, head.hidden) for head in heads} == {("adapter", 3072)}
+    assert recipe.targets["patch"].grid == "larger"
+    assert recipe.normalise == "standardise"
+    (stage,) = recipe.stages
+    assert (stage.steps, stage.batch, stage.lr) == (390_000, 8192, 2e-5)
+    assert (stage.schedule, stage.sizes) == ("cosine", [256])
+    assert recipe.optimizer.weight_decay == 1e-4
+
+
+def test_plain_distillation_has_one_head_and_differs_from_labels_in_the_teacher():
+    kd, labels = (
+        load_recipe(str(FOLDER / "recipes" / f"{name}.yaml"))
+        for name in ("plain_kd", "labels")
+    )
+    assert kd.targets["class"].head.same_as == "logits"
+    term = kd.targets["logits"].loss["kl"]
+    assert (term.weight, term.temperature) == (0.9, 4)
+    assert kd.targets["class"].loss["cross_entropy"].weight == pytest.approx(0.1)
+    changed = {"run", "targets"}
+    assert kd.model_dump(exclude=changed) == labels.model_dump(exclude=changed)
+    assert kd.run != labels.run
+    assert list(labels.targets) == ["class"]
+
+
+def test_several_teachers_are_several():
+    recipe = load_recipe(str(FOLDER / "recipes" / "several_teachers.yaml"))
+    sources = [target.source.split("/")[1:] for target in recipe.targets.values()]
+    assert {teacher for teacher, _ in sources} == {"dinov3", "siglip2"}
+    assert len(sources) == 4
+
+
+def test_a_camera_learns_a_map_that_says_where_it_lies():
+    path = FOLDER / "recipes" / "camera_from_lidar.yaml"
+    recipe = load_recipe(str(path))
+    job = job_of(*recipe.banks.values())
+    target = recipe.targets["bev"]
+    _, name, output = target.source.split("/")
+    teacher = added_teachers(path)[name]
+    extent = teacher.outputs[output].extent
+    assert target.head.kind == "bev"
+    assert extent is not None
+    assert extent.x_m == extent.y_m == (-51.2, 51.2)
+    assert [job.inputs[one].kind for one in teacher.on] == ["points"]
+    assert set(teacher.preprocess.columns) <= set(job.inputs["lidar"].columns)
+    assert job.inputs[recipe.student.input].calibration
+
+
+def test_the_probe_asks_what_the_recipes_trained():
+    probe = load_probe(str(PROBE))
+    recipes = [load_recipe(str(path)) for path in RECIPES]
+    (bank,) = probe.banks.values()
+    runs = {recipe.run: recipe for recipe in recipes if bank in recipe.banks.values()}
+    assert set(probe.students.values()) == set(runs)
+    job = job_of(bank)
+    for outputs in probe.teachers.values():
+        for source in outputs:
+            assert_held(job, {}, source)
+    for question in probe.probes.values():
+        assert_held(job, {}, question.label.partition("/")[2])
+    # No student has learned from a row that is chosen or scored on.
+    splits = probe.splits
+    for recipe in runs.values():
+        learned = recipe.data.rows.share[1]
+        assert splits.fit.share[1] <= learned <= splits.choose.share[0]
+    assert splits.choose.share[1] <= splits.test.share[0]
 
 
 @pytest.mark.parametrize(
