@@ -14,14 +14,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.bank.blocks import read_block
+from pipeline.bank.blocks import BankArray, map_block, read_block
 from pipeline.bank.open import Bank
 from pipeline.samples.calibration import Calibration
 from pipeline.samples.errors import SampleError
 from student_train.batches import Batch, BatchMemory, Cameras
 from student_train.errors import TrainingError
 from student_train.inputs import SampleInView, Size
-from student_train.parts import BlockMemory, LoadedPart, PartKey, PartQueue
+from student_train.parts import (
+    BlockMemory,
+    HeldRows,
+    LoadedPart,
+    PartKey,
+    PartQueue,
+    StoredRows,
+)
 from student_train.reading import OpenedReading
 from student_train.shard_copies import RowReader, ShardCopies
 from student_train.targets import Target, as_stored
@@ -102,21 +109,25 @@ class BatchMaker:
             BankError: an object is missing or damaged.
             ShardError, StorageError: the shard is not the bank's, or cannot be read.
         """
-        arrays = {}
+        arrays: dict[tuple[str, str], StoredRows] = {}
         for name, array in self._arrays.items():
-            shape = (array.spec.block_rows, *array.spec.row_shape)
-            out = self._blocks_memory.take(shape, array.spec.numpy_dtype)
-            arrays[name] = read_block(array, block, view, out=out)
+            mapped = map_block(array, block, view)
+            arrays[name] = mapped or self._read(array, block, view)
         rows = None
         if self._opened.reader is not None and self._copies is not None:
             within = self._copies.first_row(block) + self._offsets[block]
             rows = self._copies.open(block, within, self._opened.reader.wanted)
         return LoadedPart(arrays, rows)
 
+    def _read(self, array: BankArray, block: int, view: int) -> HeldRows:
+        shape = (array.spec.block_rows, *array.spec.row_shape)
+        out = self._blocks_memory.take(shape, array.spec.numpy_dtype)
+        return HeldRows(read_block(array, block, view, out=out), self._blocks_memory)
+
     def unload(self, part: LoadedPart) -> None:
         """Takes a block back when nobody looks at it any more."""
         for array in part.arrays.values():
-            self._blocks_memory.give_back(array)
+            array.close()
         if part.rows is not None:
             part.rows.close()
 
@@ -153,9 +164,11 @@ class BatchMaker:
             )
         making.in_view = [SampleInView()] * len(rows)
         fill: Callable[[Piece, Making, PartQueue], None] = self._fill
+        # Without a sample to decode a task is a few copies.
+        size = max(1, len(rows)) if self._copies is None else _TASK_ROWS
         for piece in pieces:
-            for first in range(0, len(piece.offsets), _TASK_ROWS):
-                offsets = piece.offsets[first : first + _TASK_ROWS]
+            for first in range(0, len(piece.offsets), size):
+                offsets = piece.offsets[first : first + size]
                 task = replace(piece, offsets=offsets, slot=piece.slot + first)
                 making.tasks.append(pool.submit(fill, task, making, parts))
         return making
@@ -164,9 +177,7 @@ class BatchMaker:
         part = parts.take(piece.key)
         span = slice(piece.slot, piece.slot + len(piece.offsets))
         for name, array in part.arrays.items():
-            # Offsets are inside by construction; any other mode copies twice.
-            out = making.arrays[name][span]
-            np.take(array, piece.offsets, axis=0, out=out, mode="clip")
+            array.take(piece.offsets, making.arrays[name][span])
         if part.rows is not None:
             for slot, offset in enumerate(piece.offsets.tolist(), piece.slot):
                 found = self._read_row(piece, offset, part.rows, making.sizes)

@@ -25,6 +25,8 @@ from student_train.errors import TrainingError
 
 Int64s = npt.NDArray[np.int64]
 
+_KEPT_BLOCKS = 2
+
 _BLOCKS, _ROWS, _VIEWS, _STEPS = range(4)
 
 
@@ -137,6 +139,7 @@ class EpochOrder:
                 "take a smaller batch or more rows"
             )
         self._seed, self._epoch, self._shuffle = seed, epoch, shuffle
+        self._shuffled: dict[int, Int64s] = {}
         lanes = min(lanes, batch) if shuffle else 1
         order = (
             block_order(len(blocks), seed, epoch)
@@ -165,7 +168,13 @@ class EpochOrder:
         """Returns the shuffled places of a block's usable rows among themselves."""
         if not self._shuffle:
             return np.arange(num_rows, dtype=np.int64)
-        return row_order(num_rows, self._seed, self._epoch, block)
+        # A lane asks for the same block in many steps.
+        if block not in self._shuffled:
+            if len(self._shuffled) > _KEPT_BLOCKS * self.num_lanes:
+                del self._shuffled[next(iter(self._shuffled))]
+            found = row_order(num_rows, self._seed, self._epoch, block)
+            self._shuffled[block] = found
+        return self._shuffled[block]
 
     def lane_span(self, lane: int, step: int) -> tuple[int, int]:
         """Returns which places of a lane a step takes, [first, last)."""

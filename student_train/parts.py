@@ -12,8 +12,10 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Executor, Future
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from student_train.shard_copies import RowReader
 
@@ -27,16 +29,45 @@ class PartKey:
     block: int
 
 
+class StoredRows(Protocol):
+    """Rows of a block, to be copied from any thread."""
+
+    def take(self, rows: npt.NDArray[np.int64], out: np.ndarray) -> None:
+        """Copies rows of the block into ``out``, (n, ...)."""
+        ...
+
+    def close(self) -> None:
+        """Lets go of them."""
+        ...
+
+
+class HeldRows:
+    """Rows of a block that were decoded into memory of the loader's."""
+
+    def __init__(self, values: np.ndarray, memory: BlockMemory) -> None:
+        """Takes (block_rows, ...) values, and where their memory goes back to."""
+        self._values, self._memory = values, memory
+
+    def take(self, rows: npt.NDArray[np.int64], out: np.ndarray) -> None:
+        """Copies rows of the block into ``out``, (n, ...)."""
+        # Rows are inside by construction; any other mode copies twice.
+        np.take(self._values, rows, axis=0, out=out, mode="clip")
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._memory.give_back(self._values)
+
+
 @dataclass(eq=False)
 class LoadedPart:
     """What was loaded of a part.
 
     Attributes:
-        arrays: by (target, suffix), (block_rows, ...) as stored.
+        arrays: by (target, suffix), the block's rows as stored.
         rows: reads the samples of the block; None where no input is asked.
     """
 
-    arrays: dict[tuple[str, str], np.ndarray]
+    arrays: dict[tuple[str, str], StoredRows]
     rows: RowReader | None
 
 

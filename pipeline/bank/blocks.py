@@ -8,6 +8,7 @@ object it has read from a local disk: fresh memory costs more than the copy into
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from manifests.errors import BankError
 from manifests.storage import Store, explain
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.encoding import Encoding
-from pipeline.bank.objects import ScatteredObject, decode_object
+from pipeline.bank.objects import ScatteredObject, decode_object, plain_chunks
 
 Expected = Callable[[int, int], tuple[int, int] | None]
 
@@ -90,6 +91,65 @@ def read_block(
         return decode_object(data, array.spec, out)
     except BankError as error:
         raise BankError(f"{error} ({_where(array, block, view)})") from error
+
+
+class MappedBlock:
+    """A block without a codec as it lies in the page cache, every chunk checked.
+
+    Saves the copy into memory of one's own where rows are copied on anyway. Objects are
+    never rewritten in place, so what was checked stays; a file that somebody cuts while
+    it is mapped ends the process, as for every mapped file.
+    """
+
+    def __init__(self, mapped: mmap.mmap, chunks: Sequence[npt.NDArray[Any]]) -> None:
+        """Takes a checked map."""
+        self._map, self._chunks = mapped, list(chunks)
+
+    def take(self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
+        """Copies rows of the block, which must not be padding, into ``out``."""
+        size = len(self._chunks[0])
+        for place, row in enumerate(rows.tolist()):
+            out[place] = self._chunks[row // size][row % size]
+
+    def close(self) -> None:
+        """Ends the map; nothing may be taken afterwards."""
+        self._chunks = []
+        self._map.close()
+
+
+def map_block(array: BankArray, block: int, view: int = 0) -> MappedBlock | None:
+    """Returns a block where it lies; None where it must be read: elsewhere, compressed.
+
+    Raises:
+        BankError: as ``read_block``.
+        StorageError: the store cannot be read.
+    """
+    spec = array.spec
+    if array.store.local_root is None or spec.codec != "none":
+        return None
+    committed = array.expected(block, view)
+    if committed is None:
+        return None
+    name = object_name(spec, block, view)
+    try:
+        with open(array.store.local_root / name, "rb") as file:
+            _check_size(os.fstat(file.fileno()).st_size, committed[0])
+            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+    except FileNotFoundError:
+        return None
+    except BankError as error:
+        raise BankError(f"{error} ({_where(array, block, view)})") from error
+    except OSError as error:
+        raise explain(error, "read", array.store.url_of(name)) from error
+    try:
+        chunks = plain_chunks(memoryview(mapped), spec)
+    except BankError as error:
+        raise BankError(f"{error} ({_where(array, block, view)})") from error
+    if not chunks:
+        mapped.close()
+        return None
+    return MappedBlock(mapped, chunks)
 
 
 def read_values(

@@ -163,13 +163,11 @@ class ScatteredObject:
             BankError: ``out`` does not fit the array.
         """
         out = _destination(out, (spec.block_rows, *spec.row_shape), spec)
-        index_bytes = _index_bytes(spec)
-        stride = spec.chunk_bytes + _CRC_BYTES
-        num_stored, rest = divmod(size_bytes - index_bytes, stride)
-        if spec.codec != "none" or rest or not 0 <= num_stored <= spec.num_chunks:
+        num_stored = _num_plain_chunks(size_bytes, spec)
+        if num_stored is None:
             return None
         rows = out.reshape(-1).view(np.uint8).data
-        trailers = memoryview(bytearray(num_stored * _CRC_BYTES + index_bytes))
+        trailers = memoryview(bytearray(num_stored * _CRC_BYTES + _index_bytes(spec)))
         buffers = []
         for chunk in range(num_stored):
             start = chunk * spec.chunk_bytes
@@ -188,16 +186,60 @@ class ScatteredObject:
             BankError: the object is damaged.
         """
         *chunks, tail = self.buffers
-        spec, stride = self.spec, self.spec.chunk_bytes + _CRC_BYTES
-        num_stored = len(chunks) // 2
-        plain = [(chunk * stride, stride) for chunk in range(num_stored)]
-        plain += [(_EMPTY, _EMPTY)] * (spec.num_chunks - num_stored)
-        if _parse_index(tail, num_stored * stride, spec) != plain:
+        spec, num_stored = self.spec, len(chunks) // 2
+        if not _is_plain(tail, num_stored, spec):
             return False
         for chunk in range(num_stored):
             _check_chunk(chunks[2 * chunk], chunks[2 * chunk + 1], chunk, spec)
         self.out[num_stored * spec.chunk_rows :] = spec.fill_value
         return True
+
+
+def plain_chunks(data: memoryview, spec: ArraySpec) -> list[npt.NDArray[Any]] | None:
+    """Returns the chunks of an object without a codec where they lie, each checked.
+
+    Args:
+        data: the whole object, as bytes; the result looks into it.
+        spec: the array.
+
+    Returns:
+        (chunk_rows, *row_shape) each, those the object leaves out not among them; None
+        where it is compressed or laid out otherwise than ``encode_object`` does.
+
+    Raises:
+        BankError: the object is damaged.
+    """
+    num_stored = _num_plain_chunks(data.nbytes, spec)
+    if num_stored is None:
+        return None
+    stride = spec.chunk_bytes + _CRC_BYTES
+    if not _is_plain(data[num_stored * stride :], num_stored, spec):
+        return None
+    found = []
+    for chunk in range(num_stored):
+        end = chunk * stride + spec.chunk_bytes
+        payload = data[chunk * stride : end]
+        _check_chunk(payload, data[end : end + _CRC_BYTES], chunk, spec)
+        rows = np.frombuffer(payload, spec.numpy_dtype)
+        found.append(rows.reshape(spec.chunk_rows, *spec.row_shape))
+    return found
+
+
+def _num_plain_chunks(size_bytes: int, spec: ArraySpec) -> int | None:
+    """Returns how many chunks an object of a size holds, None if it is compressed."""
+    stride = spec.chunk_bytes + _CRC_BYTES
+    num_stored, rest = divmod(size_bytes - _index_bytes(spec), stride)
+    if spec.codec != "none" or rest or not 0 <= num_stored <= spec.num_chunks:
+        return None
+    return num_stored
+
+
+def _is_plain(index: memoryview, num_stored: int, spec: ArraySpec) -> bool:
+    """Returns whether an index says that the chunks lie one after the other."""
+    stride = spec.chunk_bytes + _CRC_BYTES
+    plain = [(chunk * stride, stride) for chunk in range(num_stored)]
+    plain += [(_EMPTY, _EMPTY)] * (spec.num_chunks - num_stored)
+    return _parse_index(index, num_stored * stride, spec) == plain
 
 
 def _bounds(rows: slice | None, spec: ArraySpec) -> tuple[int, int]:

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from manifests.job import Job
 from manifests.loading import load_job
-from manifests.recipe_loading import load_probe, load_recipe
+from manifests.recipe_loading import load_recipe
 from pipeline.bank.open import Bank, open_bank
 from pipeline.precompute import precompute
 from student_train import BankDataset, Reading
-from student_train.probes.protocol import ProbeRun
 from student_train.trainer import Trainer
+from teachonce.cli import main
 from tests.conftest import POINTS_TEACHER, ROOT, TEACHER_FILE, write_tar
 from tests.integration.test_real_data import street_teacher
 
@@ -32,6 +33,15 @@ SMALL_VIT = (
     "student.args={embed_dim: 48, depth: 2, num_heads: 3}",
 )
 ROTATED = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two cores are shared with other test processes."""
+    held = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(held)
 
 
 def losses_of(trainer: Trainer) -> list[float]:
@@ -271,7 +281,7 @@ def test_kitti_camera_student(shared_data, tmp_path):
         "metadata": "json",
         "inputs": {"cam": {"kind": "image", "member": "png", "calibration": "camera"}},
         "teachers": {
-            "street": street_teacher(shared_data / "driving-teachers", [256, 832])
+            "street": street_teacher(shared_data / "driving-teachers", [128, 416])
         },
     }
     assert precompute(Job.model_validate(fields), quiet=True).is_whole
@@ -425,7 +435,8 @@ def test_hostile_targets_and_labels_are_masked_each_by_itself(hostile):
 # The worked recipes of CIFAR-10.
 
 
-def test_cifar10_recipes_and_their_probe(shared_data, tmp_path):
+def test_cifar10_recipes_and_their_probe(shared_data, tmp_path, capsys):
+    """The commands of the examples' comments, on a tenth of the rows, for one epoch."""
     (tmp_path / "data").mkdir()
     for name in ("cifar10-teachers", "cifar10-test"):
         (tmp_path / "data" / name).symlink_to(shared_data / name)
@@ -437,24 +448,27 @@ def test_cifar10_recipes_and_their_probe(shared_data, tmp_path):
     job = load_job(str(tmp_path / "cifar10.yaml"), [f"dataset.shards={shard}"])
     assert precompute(job, quiet=True).is_whole
     short = ["stages.0.epochs=1", "stages.0.warmup_steps=1", "engine.threads=1"]
+    told = {}
     for name in ("plain_kd", "labels"):
-        recipe = load_recipe(str(tmp_path / "recipes" / f"{name}.yaml"), short)
-        trainer = Trainer(recipe)
-        assert trainer.bank.url == job.bank
-        # One epoch of 8 of 10 rows of 1,000, in batches of 128.
-        assert len(losses_of(trainer)) == trainer.datasets[0].num_rows // 128 == 6
-    probe = load_probe(str(tmp_path / "recipes" / "probe.yaml"))
-    result = ProbeRun(probe).run()
-    (question,) = result.probes
-    scores = {
-        (one.model, one.kind, one.scale): one.score.value for one in question.scores
+        recipe = tmp_path / "recipes" / f"{name}.yaml"
+        assert main(["train", str(recipe), *short, "--json"]) == 0
+        told[name] = json.loads(capsys.readouterr().out)
+        # One epoch of about 8 in 10 of 1,000 rows, in batches of 128.
+        assert told[name]["steps"] == 6
+    assert set(told["plain_kd"]["losses"]) == {
+        "loss",
+        "loss.logits",
+        "loss.class",
     }
-    print()
-    for names, value in scores.items():
-        print(*names, f"{value:.3f}")
-    models = {model for model, _, _ in scores}
+    assert set(told["labels"]["losses"]) == {"loss", "loss.class"}
+    probe = tmp_path / "recipes" / "probe.yaml"
+    assert main(["probe", str(probe), "engine.threads=1", "--quiet"]) == 0
+    with capsys.disabled():
+        print(f"\n{capsys.readouterr().out}")
+    result = json.loads((tmp_path / "runs" / "probe.json").read_text())
+    scores = result["probes"]["class"]["scores"]
+    models = {score["model"] for score in scores}
     assert {"kd", "labels", "resnet56", "resnet20"} < models
     assert len(models) == 5, "and one student that is not trained"
-    # Published weights, 83 % of the whole test set with their own head; chance is 10 %.
-    assert max(v for (model, _, _), v in scores.items() if model == "resnet56") > 0.6
-    assert (tmp_path / "runs" / "probe.json").exists()
+    # Published weights, 83 % of the test set with their own head; chance is 10 %.
+    assert max(one["value"] for one in scores if one["model"] == "resnet56") > 0.6

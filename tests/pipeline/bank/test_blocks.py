@@ -12,7 +12,7 @@ from manifests.job import OutputConfig
 from manifests.storage import Store
 from pipeline.bank import blocks
 from pipeline.bank.arrays import object_name
-from pipeline.bank.blocks import BankArray, read_block, read_values
+from pipeline.bank.blocks import BankArray, map_block, read_block, read_values
 from pipeline.bank.encodings import make_encoding
 from pipeline.bank.objects import encode_object, object_crc32c, object_size
 
@@ -165,3 +165,39 @@ def test_short_reads_and_many_buffers_are_put_together(tmp_path, monkeypatch):
             blocks._read_into(handle, [view, memoryview(bytearray(1))])
     finally:
         os.close(handle)
+
+
+@pytest.mark.parametrize("num_used", [ROWS, 4])
+def test_a_plain_local_block_is_mapped(tmp_path, values, num_used):
+    arrays = write(Store(str(tmp_path)), make("raw"), values, num_used)
+    found = map_block(arrays[""], 0)
+    assert found is not None
+    rows = np.array([3, 0, 3])
+    out = np.zeros((3, 4, 5, 3), np.float32)
+    found.take(rows, out)
+    np.testing.assert_array_equal(out, values[rows])
+    found.close()
+
+
+def test_what_cannot_be_mapped_is_left_to_reading(store, values):
+    lossless = write(store, make("lossless"), values)[""]
+    assert map_block(lossless, 0) is None
+    assert map_block(lossless, 5) is None
+    if store.local_root is None:
+        raw = write(Store(f"memory://{uuid.uuid4().hex}"), make("raw"), values)[""]
+        assert map_block(raw, 0) is None
+
+
+@pytest.mark.parametrize("position", [10, -30])
+def test_a_damaged_block_is_not_mapped(tmp_path, values, position):
+    store = Store(str(tmp_path))
+    array = write(store, make("raw"), values)[""]
+    path = tmp_path / object_name(array.spec, 0, 0)
+    data = bytearray(path.read_bytes())
+    data[position] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BankError, match=r"array t/out, block 0, view 0"):
+        map_block(array, 0)
+    path.write_bytes(data[:-1])
+    with pytest.raises(BankError, match=r"must have the committed \d+ bytes"):
+        map_block(array, 0)
