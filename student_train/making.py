@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.bank.blocks import BankArray, map_block, read_block
+from pipeline.bank.blocks import BankArray, BlockMaps, read_block
 from pipeline.bank.open import Bank
 from pipeline.samples.calibration import Calibration
 from pipeline.samples.errors import SampleError
@@ -99,6 +99,7 @@ class BatchMaker:
             for name, source in opened.sources.items()
             for suffix in source.encoding.suffixes
         }
+        self._maps = BlockMaps()
         self._blocks_memory = BlockMemory()
         self._batch_memory = BatchMemory(pin_memory)
 
@@ -111,7 +112,7 @@ class BatchMaker:
         """
         arrays: dict[tuple[str, str], StoredRows] = {}
         for name, array in self._arrays.items():
-            mapped = map_block(array, block, view)
+            mapped = self._maps.get(array, block, view)
             arrays[name] = mapped or self._read(array, block, view)
         rows = None
         if self._opened.reader is not None and self._copies is not None:

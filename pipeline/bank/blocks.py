@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,11 @@ Expected = Callable[[int, int], tuple[int, int] | None]
 
 # Buffers that one preadv takes (IOV_MAX of Linux and macOS).
 _MAX_BUFFERS = 1024
+
+# A process may have 65,530 maps on Linux.
+_MAX_MAPS = 8192
+
+_Identity = tuple[int, int, int]
 
 _reused = threading.local()
 
@@ -94,16 +100,11 @@ def read_block(
 
 
 class MappedBlock:
-    """A block without a codec as it lies in the page cache, every chunk checked.
+    """A block without a codec as it lies in the page cache, every chunk checked."""
 
-    Saves the copy into memory of one's own where rows are copied on anyway. Objects are
-    never rewritten in place, so what was checked stays; a file that somebody cuts while
-    it is mapped ends the process, as for every mapped file.
-    """
-
-    def __init__(self, mapped: mmap.mmap, chunks: Sequence[npt.NDArray[Any]]) -> None:
-        """Takes a checked map."""
-        self._map, self._chunks = mapped, list(chunks)
+    def __init__(self, chunks: Sequence[npt.NDArray[Any]], identity: _Identity) -> None:
+        """Takes the chunks of a checked map, and the file that they are of."""
+        self._chunks, self.identity = list(chunks), identity
 
     def take(self, rows: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> None:
         """Copies rows of the block, which must not be padding, into ``out``."""
@@ -112,44 +113,71 @@ class MappedBlock:
             out[place] = self._chunks[row // size][row % size]
 
     def close(self) -> None:
-        """Ends the map; nothing may be taken afterwards."""
-        self._chunks = []
-        self._map.close()
+        """Does nothing: the map goes when nobody looks at it any more."""
 
 
-def map_block(array: BankArray, block: int, view: int = 0) -> MappedBlock | None:
-    """Returns a block where it lies; None where it must be read: elsewhere, compressed.
+class BlockMaps:
+    """Blocks that are mapped rather than read: local ones without a codec.
 
-    Raises:
-        BankError: as ``read_block``.
-        StorageError: the store cannot be read.
+    Saves the copy into memory of one's own where rows are copied on anyway, and the
+    check of bytes that were checked before: a map is used again as long as its file
+    is the same, by inode, size and time. Maps take addresses, not memory. A file that
+    somebody cuts while it is mapped ends the process, as with every mapped file; the
+    bank itself never rewrites an object in place.
     """
-    spec = array.spec
-    if array.store.local_root is None or spec.codec != "none":
-        return None
-    committed = array.expected(block, view)
-    if committed is None:
-        return None
-    name = object_name(spec, block, view)
-    try:
-        with open(array.store.local_root / name, "rb") as file:
-            _check_size(os.fstat(file.fileno()).st_size, committed[0])
-            flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-            mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
-    except FileNotFoundError:
-        return None
-    except BankError as error:
-        raise BankError(f"{error} ({_where(array, block, view)})") from error
-    except OSError as error:
-        raise explain(error, "read", array.store.url_of(name)) from error
-    try:
-        chunks = plain_chunks(memoryview(mapped), spec)
-    except BankError as error:
-        raise BankError(f"{error} ({_where(array, block, view)})") from error
-    if not chunks:
-        mapped.close()
-        return None
-    return MappedBlock(mapped, chunks)
+
+    def __init__(self, limit: int = _MAX_MAPS) -> None:
+        """Keeps at most ``limit`` maps, those used last."""
+        self._limit = limit
+        self._maps: OrderedDict[str, MappedBlock] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, array: BankArray, block: int, view: int = 0) -> MappedBlock | None:
+        """Returns a block where it lies; None where it must be read instead.
+
+        Raises:
+            BankError: its object is of another size than committed, or damaged.
+            StorageError: the store cannot be read.
+        """
+        root, spec = array.store.local_root, array.spec
+        committed = array.expected(block, view)
+        if root is None or spec.codec != "none" or committed is None:
+            return None
+        path = str(root / object_name(spec, block, view))
+        try:
+            identity = _identity(os.stat(path))
+            with self._lock:
+                held = self._maps.get(path)
+                if held is not None and held.identity == identity:
+                    self._maps.move_to_end(path)
+                    return held
+            found = _map(path, spec, committed[0])
+        except FileNotFoundError:
+            return None
+        except BankError as error:
+            raise BankError(f"{error} ({_where(array, block, view)})") from error
+        except OSError as error:
+            raise explain(error, "read", path) from error
+        if found is not None:
+            with self._lock:
+                self._maps[path] = found
+                while len(self._maps) > self._limit:
+                    self._maps.popitem(last=False)
+        return found
+
+
+def _identity(found: os.stat_result) -> _Identity:
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _map(path: str, spec: ArraySpec, size_bytes: int) -> MappedBlock | None:
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno())
+        _check_size(found.st_size, size_bytes)
+        flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ)
+    chunks = plain_chunks(memoryview(mapped), spec)
+    return MappedBlock(chunks, _identity(found)) if chunks else None
 
 
 def read_values(

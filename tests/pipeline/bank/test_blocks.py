@@ -12,7 +12,7 @@ from manifests.job import OutputConfig
 from manifests.storage import Store
 from pipeline.bank import blocks
 from pipeline.bank.arrays import object_name
-from pipeline.bank.blocks import BankArray, map_block, read_block, read_values
+from pipeline.bank.blocks import BankArray, BlockMaps, read_block, read_values
 from pipeline.bank.encodings import make_encoding
 from pipeline.bank.objects import encode_object, object_crc32c, object_size
 
@@ -167,37 +167,56 @@ def test_short_reads_and_many_buffers_are_put_together(tmp_path, monkeypatch):
         os.close(handle)
 
 
+def taken(found, rows):
+    out = np.zeros((len(rows), 4, 5, 3), np.float32)
+    found.take(np.asarray(rows), out)
+    return out
+
+
 @pytest.mark.parametrize("num_used", [ROWS, 4])
-def test_a_plain_local_block_is_mapped(tmp_path, values, num_used):
-    arrays = write(Store(str(tmp_path)), make("raw"), values, num_used)
-    found = map_block(arrays[""], 0)
-    assert found is not None
-    rows = np.array([3, 0, 3])
-    out = np.zeros((3, 4, 5, 3), np.float32)
-    found.take(rows, out)
-    np.testing.assert_array_equal(out, values[rows])
-    found.close()
+def test_a_plain_local_block_is_mapped_once(tmp_path, values, num_used):
+    array = write(Store(str(tmp_path)), make("raw"), values, num_used)[""]
+    maps = BlockMaps()
+    found = maps.get(array, 0)
+    np.testing.assert_array_equal(taken(found, [3, 0, 3]), values[[3, 0, 3]])
+    assert maps.get(array, 0) is found
+
+
+def test_few_maps_are_kept(tmp_path, values):
+    keys = [(block, 0) for block in range(3)]
+    array = write(Store(str(tmp_path)), make("raw"), values, keys=keys)[""]
+    maps = BlockMaps(limit=2)
+    first = [maps.get(array, block) for block in range(3)]
+    assert maps.get(array, 2) is first[2]
+    assert maps.get(array, 0) is not first[0]
+    # Whoever still looks at a map that was dropped sees what was there.
+    np.testing.assert_array_equal(taken(first[0], [1]), values[[1]])
 
 
 def test_what_cannot_be_mapped_is_left_to_reading(store, values):
+    maps = BlockMaps()
     lossless = write(store, make("lossless"), values)[""]
-    assert map_block(lossless, 0) is None
-    assert map_block(lossless, 5) is None
-    if store.local_root is None:
-        raw = write(Store(f"memory://{uuid.uuid4().hex}"), make("raw"), values)[""]
-        assert map_block(raw, 0) is None
+    assert maps.get(lossless, 0) is None
+    assert maps.get(lossless, 5) is None
+    raw = write(Store(f"memory://{uuid.uuid4().hex}"), make("raw"), values)[""]
+    assert maps.get(raw, 0) is None
 
 
 @pytest.mark.parametrize("position", [10, -30])
-def test_a_damaged_block_is_not_mapped(tmp_path, values, position):
-    store = Store(str(tmp_path))
-    array = write(store, make("raw"), values)[""]
+@pytest.mark.parametrize("is_mapped_before", [False, True])
+def test_a_damaged_block_is_not_mapped(tmp_path, values, position, is_mapped_before):
+    array = write(Store(str(tmp_path)), make("raw"), values)[""]
+    maps = BlockMaps()
+    if is_mapped_before:
+        assert maps.get(array, 0) is not None
     path = tmp_path / object_name(array.spec, 0, 0)
     data = bytearray(path.read_bytes())
     data[position] ^= 1
+    path.unlink()
     path.write_bytes(data)
     with pytest.raises(BankError, match=r"array t/out, block 0, view 0"):
-        map_block(array, 0)
+        maps.get(array, 0)
+    path.unlink()
     path.write_bytes(data[:-1])
     with pytest.raises(BankError, match=r"must have the committed \d+ bytes"):
-        map_block(array, 0)
+        maps.get(array, 0)
