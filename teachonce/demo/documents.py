@@ -19,6 +19,7 @@ LABELLED = {"shards": [TRAIN], "share": [0.0, 0.5], "limit": NUM_LABELLED}
 CHOOSE = {"shards": [TRAIN], "share": [0.5, 1.0], "limit": NUM_CHOOSE}
 
 BATCH = 32
+MIN_SCENES = 24
 STUDENT = {
     "model": "timm:resnet10t",
     "input": "cam",
@@ -82,7 +83,7 @@ def _teacher(expert: Expert) -> dict[str, Any]:
     return entry
 
 
-def bank_recipe(steps: int, seed: int) -> str:
+def bank_recipe(steps: int, seed: int, batch: int) -> str:
     """Returns the recipe of the student that learns from the bank, with no label."""
     loss = {"cosine": 0.9, "smooth_l1": 0.1}
     adapter = {"kind": "adapter", "hidden": 256}
@@ -100,12 +101,12 @@ def bank_recipe(steps: int, seed: int) -> str:
         "bank",
         {"rows": {"shards": [TRAIN]}},
         targets,
-        steps,
+        (steps, batch),
         seed,
     )
 
 
-def labels_recipe(steps: int, seed: int) -> str:
+def labels_recipe(steps: int, seed: int, batch: int) -> str:
     """Returns the recipe of the same student on the few labels, for as many steps."""
     linear = {"kind": "linear"}
     targets = {
@@ -127,7 +128,7 @@ def labels_recipe(steps: int, seed: int) -> str:
         "labels",
         {"rows": LABELLED, "labels": _LABELS},
         targets,
-        steps,
+        (steps, batch),
         seed,
     )
 
@@ -137,9 +138,10 @@ def _recipe(
     run: str,
     data: dict[str, Any],
     targets: dict[str, Any],
-    steps: int,
+    length: tuple[int, int],
     seed: int,
 ) -> str:
+    steps, batch = length
     return _document(
         title,
         {
@@ -152,7 +154,7 @@ def _recipe(
             "stages": [
                 {
                     "steps": steps,
-                    "batch": BATCH,
+                    "batch": batch,
                     "lr": 3.0e-3,
                     "warmup_steps": max(1, steps // 10),
                     "size": [SIZE],

@@ -78,7 +78,12 @@ def _title(words: str) -> None:
 
 
 def _claim(folder: Path, args: argparse.Namespace) -> None:
-    """Refuses a folder that holds a demo with other options."""
+    """Refuses a folder that holds a demo with other options, and too few scenes."""
+    if args.scenes < documents.MIN_SCENES or args.steps < 1:
+        raise TeachOnceError(
+            f"--scenes must be at least {documents.MIN_SCENES} and --steps 1, got "
+            f"{args.scenes} and {args.steps}"
+        )
     options = {
         name: getattr(args, name)
         for name in ("scenes", "steps", "seed", "night", "fog", "lidar_range")
@@ -131,7 +136,8 @@ def _write_documents(folder: Path, args: argparse.Namespace) -> None:
         ("bank", documents.bank_recipe),
         ("labels", documents.labels_recipe),
     ):
-        (folder / f"recipe-{name}.yaml").write_text(make(args.steps, args.seed))
+        batch = min(documents.BATCH, args.scenes // 4)
+        (folder / f"recipe-{name}.yaml").write_text(make(args.steps, args.seed, batch))
     (folder / "probe.yaml").write_text(documents.probe())
 
 

@@ -28,6 +28,9 @@ VERBS = (
     "finalise",
     "teachers",
     "demo",
+    "train",
+    "probe",
+    "report",
 )
 
 
