@@ -31,6 +31,8 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/finished_job.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/write_block.py
+	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/training.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -304,7 +304,7 @@ class Trainer:
                 )
                 with meter.waiting():
                     batch = next(batches)
-                loss, norm, shares = self._step(batch, optimizer, rate)
+                loss, norm, shares = self.step(batch, optimizer, rate)
                 position = _after(position, dataset.num_steps)
                 meter.count(len(batch))
                 value = float(loss)
@@ -333,7 +333,7 @@ class Trainer:
                     meter.wait_share,
                 )
 
-    def _step(
+    def step(
         self, batch: Batch, optimizer: Optimizer, rate: float
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Makes one step; returns loss, norm of its gradient and shares before it."""

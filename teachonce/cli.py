@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--scenes", type=int, default=400, help="to learn from; a quarter more to test"
     )
-    demo.add_argument("--steps", type=int, default=150, help="of each student")
+    demo.add_argument("--steps", type=int, default=200, help="of each student")
     demo.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     demo.add_argument("--night", type=float, default=0.2, help="share of night scenes")
     demo.add_argument("--fog", type=float, default=0.2, help="share of foggy scenes")
