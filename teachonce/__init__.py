@@ -12,10 +12,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.bank.open import Bank as Bank
     from pipeline.bank.open import open_bank as open_bank
+    from student_train.dataset import BankDataset as BankDataset
+    from student_train.reading import Reading as Reading
 
-_PUBLIC = {"open_bank": "pipeline.bank.open", "Bank": "pipeline.bank.open"}
+_PUBLIC = {
+    "open_bank": "pipeline.bank.open",
+    "Bank": "pipeline.bank.open",
+    "BankDataset": "student_train.dataset",
+    "Reading": "student_train.reading",
+}
 
-__all__ = ["Bank", "__version__", "open_bank"]
+__all__ = ["Bank", "BankDataset", "Reading", "__version__", "open_bank"]
 
 
 def __getattr__(name: str) -> Any:

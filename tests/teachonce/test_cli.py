@@ -354,7 +354,13 @@ def test_a_foreign_package_is_named_in_python_too(tmp_path):
 def test_names_that_the_package_does_not_have():
     with pytest.raises(AttributeError, match="has no attribute 'nosuch'"):
         _ = teachonce.nosuch
-    assert set(teachonce.__all__) == {"Bank", "__version__", "open_bank"}
+    assert set(teachonce.__all__) == {
+        "Bank",
+        "BankDataset",
+        "Reading",
+        "__version__",
+        "open_bank",
+    }
 
 
 @pytest.mark.parametrize(
