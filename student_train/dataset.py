@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import os
+import signal
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -324,6 +325,17 @@ class _Shares(IterableDataset[Batch | TeachOnceError]):
             yield error
 
 
+def _leave_signals_to_main(worker: int) -> None:
+    """Makes a worker deaf to what a terminal or a scheduler sends to all processes.
+
+    The main process hears it, finishes its step with the workers' help and ends them; a
+    worker also ends by itself when its parent is gone.
+    """
+    del worker
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def bank_loader(
     dataset: BankDataset, workers: int, epoch: int = 0, step: int = 0
 ) -> Generator[Batch, None, None]:
@@ -345,6 +357,7 @@ def bank_loader(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=2,
+        worker_init_fn=_leave_signals_to_main,
         # Its seed is drawn from here, not from the generator that training goes by.
         generator=torch.Generator(),
     )

@@ -202,7 +202,7 @@ def test_a_loss_of_weight_0_is_logged_and_moves_nothing(bank, tmp_path):
 
 def spoil(monkeypatch, at, how):
     """Spoils one step: its loss, or its gradient alone."""
-    step, count = trainer_module.Trainer._step, []
+    step, count = trainer_module.Trainer.step, []
 
     def spoiled(self, *arguments):
         count.append(1)
@@ -212,7 +212,7 @@ def spoil(monkeypatch, at, how):
             loss, norm = (bad, norm) if how == "loss" else (loss, bad + math.inf)
         return loss, norm, shares
 
-    monkeypatch.setattr(trainer_module.Trainer, "_step", spoiled)
+    monkeypatch.setattr(trainer_module.Trainer, "step", spoiled)
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
