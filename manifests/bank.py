@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator
 
-from manifests.job import Strict
+from manifests.job import BevExtent, Strict
 
 BANK_SCHEMA = 1
 # The sum of all results crosses a shuffle: it stays small however much fails.
@@ -69,6 +69,12 @@ class OutputEntry(Strict):
     definition: dict[str, Any] = Field(description="what of the job defines its values")
     encoding: dict[str, Any]
     arrays: tuple[dict[str, Any], ...]
+
+    @property
+    def extent(self) -> BevExtent | None:
+        """Where its bird's-eye grid lies, None for any other output."""
+        found = self.definition.get("extent")
+        return None if found is None else BevExtent.model_validate(found)
 
 
 class PassEntry(Strict):

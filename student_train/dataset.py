@@ -107,7 +107,8 @@ class BankDataset(IterableDataset[Batch]):
         record = self.bank.record
         if view != "epoch" and view >= record.num_views:
             raise TrainingError(
-                f"view must be below the bank's {record.num_views} views, got {view}"
+                f"view must be below the bank's {record.num_views} views, got {view}; "
+                "take another one, or `epoch`"
             )
         opened = OpenedReading(self.bank, reading, self._views_shown())
         if isinstance(rows, np.ndarray):
@@ -126,6 +127,7 @@ class BankDataset(IterableDataset[Batch]):
         self._blocks, starts = np.unique(blocks, return_index=True)
         groups = np.split(usable - blocks * record.block_rows, starts[1:])
         self._offsets = dict(zip(self._blocks.tolist(), groups, strict=True))
+        self._counts = np.asarray([len(one) for one in groups], np.int64)
         copies = None
         if opened.reader is not None:
             copies = ShardCopies(self.bank, shards, usable)
@@ -165,10 +167,9 @@ class BankDataset(IterableDataset[Batch]):
 
     def order(self, epoch: int) -> EpochOrder:
         """Returns the order of an epoch's rows."""
-        counts = [len(self._offsets[block]) for block in self._blocks.tolist()]
         return EpochOrder(
             self._blocks,
-            np.asarray(counts, np.int64),
+            self._counts,
             batch=self._batch,
             lanes=self._window_blocks,
             seed=self._seed,

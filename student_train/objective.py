@@ -108,8 +108,6 @@ class Objective(nn.Module):
                 prediction = resize_grid(
                     prediction, (target.shape[1], target.shape[2]), "bilinear"
                 )
-            if visible is not None:
-                mask = mask & _nearest(visible, (mask.shape[1], mask.shape[2]))
         else:
             found = batch.targets[task.name]
             target = found.values()
@@ -119,8 +117,8 @@ class Objective(nn.Module):
                 prediction, target, mask = match_grids(
                     prediction, target, mask, task.config.grid
                 )
-            if visible is not None:
-                mask = mask & _nearest(visible, (mask.shape[1], mask.shape[2]))
+        if visible is not None:
+            mask = mask & _nearest(visible, (mask.shape[1], mask.shape[2]))
         per_image = torch.stack(
             [term.weight * term(prediction, target, mask) for term in task.terms]
         ).sum(0)

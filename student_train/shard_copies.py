@@ -31,6 +31,7 @@ from pipeline.samples.shards import (
 )
 from pipeline.samples.sources import expand_shards, name_shards, stat_shards
 from student_train.errors import TrainingError
+from student_train.selection import shards_of
 
 Int64s = npt.NDArray[np.int64]
 
@@ -62,14 +63,7 @@ class ShardCopies:
             TrainingError: a shard has no copy, or the copy has another size.
             StorageError: a copy cannot be read.
         """
-        record = bank.record
-        size = record.block_rows
-        blocks = set(np.unique(rows // size).tolist())
-        wanted = [
-            shard
-            for shard in record.shards
-            if not blocks.isdisjoint(shard.block_numbers)
-        ]
+        wanted = shards_of(bank, rows)
         if patterns is None:
             self._urls = {shard.name: shard.url for shard in wanted}
         else:
@@ -85,7 +79,7 @@ class ShardCopies:
         self._shard_of = {
             block: shard for shard in wanted for block in shard.block_numbers
         }
-        self._block_rows = size
+        self._block_rows = bank.record.block_rows
         self._table: SampleTable = bank.sample_table
         self._lock = threading.Lock()
         self._checked: dict[str, threading.Lock | None] = {}

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from manifests.bank import OutputEntry
-from manifests.job import BevExtent
 from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.open import Bank
@@ -88,12 +87,6 @@ class TargetSource:
     def encoding(self) -> Encoding:
         """How it is stored."""
         return encoding_from_json(self.entry.encoding)
-
-    @property
-    def extent(self) -> BevExtent | None:
-        """Where its bird's-eye grid lies, None for any other output."""
-        found = self.entry.definition.get("extent")
-        return None if found is None else BevExtent.model_validate(found)
 
 
 @dataclass(frozen=True, eq=False)

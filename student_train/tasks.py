@@ -85,6 +85,15 @@ def resolve_tasks(recipe: Recipe, bank: Bank) -> tuple[Task, ...]:
             task = _output_task(name, config, rest, recipe, bank, where)
         _check_head(task, recipe, bank)
         tasks.append(task)
+    labels = [(task.label, task.shape == "vector") for task in tasks if task.label]
+    clash = sorted(
+        name for name, is_scalar in labels if (name, not is_scalar) in labels
+    )
+    if clash:
+        raise TrainingError(
+            f"data.labels.{clash[0]} must not be called as a label of the bank that is "
+            "a target too; give it another name"
+        )
     return tuple(tasks)
 
 
@@ -165,7 +174,7 @@ def _output_task(
     path = find_output(bank, source, recipe.student.input, where)
     entry = bank.output(path)
     kind: TargetKind = "logits" if is_logits(entry.name) else "features"
-    extent = entry.definition.get("extent")
+    extent = entry.extent
     shape: Shape = "vector"
     if entry.kind == "grid":
         shape = "grid" if extent is None else "bev"
@@ -186,7 +195,7 @@ def _output_task(
         _terms(name, config, kind),
         path=path,
         grid=None if entry.kind == "vector" else (entry.shape[0], entry.shape[1]),
-        extent=None if extent is None else BevExtent.model_validate(extent),
+        extent=extent,
     )
 
 
@@ -224,10 +233,12 @@ def reading_of(recipe: Recipe, tasks: tuple[Task, ...], sizes: list[Size]) -> Re
     student = recipe.student
     scalars, maps = [], {}
     for task in tasks:
-        if task.label in recipe.data.labels:
-            maps[task.label] = recipe.data.labels[task.label]
-        elif task.label is not None:
+        if task.label is None:
+            continue
+        if task.shape == "vector":
             scalars.append(task.label)
+        else:
+            maps[task.label] = recipe.data.labels[task.label]
     features: Mapping[str, str] = {
         task.name: task.path for task in tasks if task.path is not None
     }

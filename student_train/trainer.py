@@ -43,7 +43,7 @@ from student_train.optimizers import make_optimizer
 from student_train.run_folder import RunFolder
 from student_train.run_log import Meter, RunLog
 from student_train.schedules import lr_at
-from student_train.selection import select_rows
+from student_train.selection import select_rows, shards_of
 from student_train.students import make_student, seeded
 from student_train.tasks import Task, reading_of, resolve_tasks
 
@@ -54,7 +54,6 @@ class Progress:
 
     Attributes:
         position: after the step.
-        num_steps: of the whole run.
         stage: name of the stage.
         loss: of the step's batch.
         samples_per_s: since the last report.
@@ -62,7 +61,6 @@ class Progress:
     """
 
     position: Position
-    num_steps: int
     stage: str
     loss: float
     samples_per_s: float
@@ -116,6 +114,7 @@ class Trainer:
         self.folder = RunFolder(recipe.run)
         if recipe.engine.threads is not None:
             torch.set_num_threads(recipe.engine.threads)
+        self._asked: dict[Size | None, tuple[Size, int]] = {}
         self._sizes = self._stage_sizes()
         student = make_student(
             recipe.student, self._sizes[0][0], seed=recipe.seed, base=""
@@ -183,11 +182,17 @@ class Trainer:
                 f"size of stage {stage.name} must be given for a module: student, "
                 "which does not say at what size it looks at images; add `size: 224`"
             )
-        # For its size and its stride alone; a module is asked at the size itself.
-        model = make_student(
-            student, asked if is_module else None, seed=0, base="", untrained=True
-        )
-        return fit_size(asked or model.native_size, model.stride, aspect, "tokens")
+        native_size, stride = self._size_and_stride(asked if is_module else None)
+        return fit_size(asked or native_size, stride, aspect, "tokens")
+
+    def _size_and_stride(self, size: Size | None) -> tuple[Size, int]:
+        """Returns a student's own size and its stride, built once to ask it."""
+        if size not in self._asked:
+            model = make_student(
+                self.recipe.student, size, seed=0, base="", untrained=True
+            )
+            self._asked[size] = model.native_size, model.stride
+        return self._asked[size]
 
     def _dataset(self, stage: StageConfig, sizes: list[Size]) -> BankDataset:
         recipe = self.recipe
@@ -326,7 +331,6 @@ class Trainer:
                     self._save(position, optimizer)
                 yield Progress(
                     position,
-                    sum(self.stage_steps),
                     stage.name,
                     value,
                     meter.samples_per_s,
@@ -377,13 +381,10 @@ class Trainer:
 
     def _data_digest(self) -> str:
         """Returns what tells the rows and their shards from any others."""
-        record = self.bank.record
         rows = np.flatnonzero(self._rows)
-        blocks = set(np.unique(rows // record.block_rows).tolist())
         shards = [
             [shard.name, shard.size_bytes, shard.headers_sha256, shard.first_block]
-            for shard in record.shards
-            if not blocks.isdisjoint(shard.block_numbers)
+            for shard in shards_of(self.bank, rows)
         ]
         return digest(
             [shards, hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()]

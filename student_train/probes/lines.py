@@ -232,8 +232,7 @@ class Lines:
         return self._bank.output(path).kind
 
     def _extent(self, path: str) -> BevExtent | None:
-        found = self._bank.output(path).definition.get("extent")
-        return None if found is None else BevExtent.model_validate(found)
+        return self._bank.output(path).extent
 
     def _may_look(self, inputs: Sequence[str], looks: Mapping[str, object]) -> bool:
         if len(inputs) != 1 or not self._has_calibration(inputs[0]):

@@ -148,7 +148,7 @@ def _open_student(name: str, folder: str, bank: Bank) -> ScoredStudent:
     if recipe is None or run.student.resolve() != place.resolve():
         student, config = _exported(place, where, bank)
     else:
-        student, config = _of_run(recipe, place, bank), recipe.student
+        student, config = student_of_run(recipe, place, bank), recipe.student
     try:
         image_input(bank.record, config.input)
     except TrainingError as error:
@@ -164,8 +164,14 @@ def _recipe_of(run: RunFolder) -> Recipe | None:
         return None
 
 
-def _of_run(recipe: Recipe, place: Path, bank: Bank) -> Student:
-    """Returns the student of a run: timm builds most, a module is built by its file."""
+def student_of_run(recipe: Recipe, place: Path, bank: Bank) -> Student:
+    """Returns the student of a run: timm builds most, a module is built by its file.
+
+    Args:
+        recipe: of the run.
+        place: folder of the student, whole.
+        bank: whose views fit its size.
+    """
     config = recipe.student
     if (place / CONFIG_NAME).is_file():
         return load_student(place)

@@ -92,13 +92,12 @@ def _read_output(bank: Bank, path: str, rows: Sequence[int]) -> ShownOutput:
             if row // size == block and valid[row]:
                 raw[row] = values[row % size].copy()
     mean_C, std_C = _moments(bank, path, raw)
-    extent = bank.output(path).definition.get("extent")
     grids = {row: (grid - mean_C) / std_C for row, grid in raw.items()}
     return ShownOutput(
         path,
         bank.output(path),
         bank.pass_of(path).inputs,
-        None if extent is None else BevExtent.model_validate(extent),
+        bank.output(path).extent,
         mean_C,
         std_C,
         grids,

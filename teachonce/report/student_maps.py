@@ -24,15 +24,14 @@ from manifests.errors import TeachOnceError
 from manifests.recipe import Recipe
 from pipeline.bank.open import Bank
 from pipeline.bank.statistics import floored_std
-from pipeline.samples.fitting import fit_size
 from student_train.errors import TrainingError, reason_of
-from student_train.export import CONFIG_NAME, WEIGHTS_NAME, load_student
+from student_train.export import WEIGHTS_NAME
 from student_train.features import Student
 from student_train.grids import resize_grid
 from student_train.inputs import Size
 from student_train.objective import Objective
+from student_train.probes.models import student_of_run
 from student_train.run_folder import RunFolder
-from student_train.students import make_student
 from student_train.tasks import Task, resolve_tasks
 from teachonce.report.grids import ShownOutput, basis_of
 from teachonce.report.pictures import Basis
@@ -140,18 +139,7 @@ def _open_student(run: RunFolder, recipe: Recipe, bank: Bank) -> Student:
             f"a run must be done to show its student, got {run.path} without one; run "
             "its `teachonce train` to the end"
         )
-    if (place / CONFIG_NAME).is_file():
-        return load_student(place)
-    # A module from a file: timm cannot build it, its recipe can.
-    config = recipe.student.model_copy(update={"weights": str(place / WEIGHTS_NAME)})
-    first = next(iter(recipe.stages[0].sizes), None)
-    if not isinstance(first, int):
-        return make_student(config, first, seed=0, base="")
-    square = (first, first)
-    stride = make_student(config, square, seed=0, base="").stride
-    aspect = bank.record.inputs[config.input].aspect
-    fitted = fit_size(square, stride, aspect, "tokens")
-    return make_student(config, fitted, seed=0, base="")
+    return student_of_run(recipe, place, bank)
 
 
 def _open_heads(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import signal
 import threading
 from types import FrameType
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 from manifests.recipe_loading import load_recipe
 from student_train.trainer import Outcome, Progress, Trainer
+from teachonce.verbs import text
 
 
 class _Stop:
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     trainer = Trainer(load_recipe(args.recipe, args.overrides))
     outcome = train(trainer, args.quiet or args.json)
     if args.json:
-        print(json.dumps(facts_of(trainer, outcome)))
+        text.print_json(facts_of(trainer, outcome))
     else:
         print_outcome(trainer, outcome)
     return 0 if outcome.is_done else 1

@@ -222,12 +222,12 @@ def test_of_several_groups_the_students_own_is_meant(joined):
 
 def test_where_a_birds_eye_grid_lies(joined):
     source = TargetSource.open(joined.open(), "net/image/16x16/patch", False)
-    assert source.extent is None
+    assert source.entry.extent is None
     extent = {"x_m": [0.0, 40.0], "y_m": [-20.0, 20.0]}
     entry = source.entry.model_copy(
         update={"definition": source.entry.definition | {"extent": extent}}
     )
-    found = dataclasses.replace(source, entry=entry).extent
+    found = dataclasses.replace(source, entry=entry).entry.extent
     assert found is not None
     assert (found.x_m, found.y_m, found.row_0) == ((0.0, 40.0), (-20.0, 20.0), "x_max")
 

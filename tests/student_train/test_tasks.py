@@ -143,3 +143,26 @@ def test_a_birds_eye_label_stays_where_sweeps_are_turned(tmp_path):
         resolve(folder / "bank", tmp_path, {"it": target})
     _, tasks = resolve(folder / "bank", tmp_path, {"it": target}, "loader.view=0")
     assert tasks["it"].shape == "bev"
+
+
+CLASS = {"from": "main/labels/class", "loss": {"cross_entropy": 1.0}}
+SAME_NAME = {
+    "class": {"member": "seg.png", "input": "image", "num_classes": 4},
+    **LABELS,
+}
+
+
+def test_a_map_called_as_a_label_of_the_bank(street, tmp_path):
+    recipe = recipe_for(
+        street, tmp_path / "run", targets={"class": CLASS}, data={"labels": SAME_NAME}
+    )
+    reading = reading_of(
+        recipe, resolve_tasks(recipe, open_bank(str(street))), [(16, 32)]
+    )
+    assert (reading.labels, dict(reading.maps)) == (("class",), {})
+    both = {"class": CLASS, "map": {**CLASS, "from": "data/class"}}
+    recipe = recipe_for(
+        street, tmp_path / "run", targets=both, data={"labels": SAME_NAME}
+    )
+    with pytest.raises(ValueError, match=r"data\.labels\.class must not be called as"):
+        resolve_tasks(recipe, open_bank(str(street)))
