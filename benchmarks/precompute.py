@@ -39,7 +39,6 @@ from pipeline.samples.views import evaluation_box
 from pipeline.work_items import num_threads
 from teachers import registry
 from teachers.interface import GroupInput, TeacherRequest
-from teachers.preprocess import to_tensor
 
 TEACHERS = {
     "vit": {
@@ -122,7 +121,7 @@ def bare_forward(teacher: registry.Teacher, num_images: int, threads: int) -> No
             with lock:
                 if next(batches, None) is None:
                     return
-            batch = {"image": to_tensor(pixels, spec, "cpu", torch.float32)}
+            batch = {"image": spec.to_tensor(pixels, "cpu", torch.float32)}
             with torch.inference_mode():
                 teacher.forward(batch, size)
 

@@ -34,7 +34,6 @@ from student_train.targets import Target
 from student_train.trainer import Trainer
 from teachers import registry
 from teachers.interface import GroupInput, TeacherRequest
-from teachers.preprocess import to_tensor
 
 TEACHER = {"model": "timm:vit_small_patch16_224", "weights": "random", "batch": 32}
 STUDENT = {
@@ -108,7 +107,7 @@ def main() -> None:
             for batch in batches:
                 pixels = batch.inputs["image"].numpy()
                 with torch.inference_mode():
-                    inputs = {"image": to_tensor(pixels, spec, "cpu", torch.float32)}
+                    inputs = {"image": spec.to_tensor(pixels, "cpu", torch.float32)}
                     found = teacher.forward(inputs, (SIZE, SIZE))["patch"]
                 valid = torch.ones(len(batch), dtype=torch.bool)
                 target = Target(source, {"": found.clone()}, valid)

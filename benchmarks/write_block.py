@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from manifests.job import OutputConfig
 from manifests.storage import Store
+from manifests.teacher import OutputConfig
 from pipeline.bank.arrays import object_name
 from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import make_encoding

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_serializer, field_validator
 
-from manifests.job import BevExtent, Strict
+from manifests.document import Strict
+from manifests.teacher import BevExtent
 
 BANK_SCHEMA = 1
 # The sum of all results crosses a shuffle: it stays small however much fails.
@@ -61,7 +62,7 @@ class OutputEntry(Strict):
 
     name: str
     size: str
-    kind: Literal["vector", "grid"]
+    kind: Literal["vector", "grid", "frames", "points", "index"]
     shape: tuple[int, ...]
     dtype: str
     norm: str | None = None
@@ -119,6 +120,11 @@ class PassEntry(Strict):
         """Operations that a row costs in all its views, 0 where they are not known."""
         cost = self.provenance.get("cost_per_row", {})
         return float(cost.get("flops", 0.0)) * len(self.views)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of one row and view of everything its teacher is given."""
+        return int(self.provenance.get("cost_per_row", {}).get("input_bytes", 0))
 
     @property
     def working_bytes(self) -> int:

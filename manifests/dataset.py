@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from manifests.job import Strict
+from manifests.document import Strict
 
 DATASET_SCHEMA = 1
 INDEX_COLUMNS = ("shard", "row", "key", "offset", "size", "refused")

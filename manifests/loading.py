@@ -28,8 +28,9 @@ from typing import (
 from pydantic import BaseModel, ValidationError
 
 from manifests.errors import ManifestError, StorageError
-from manifests.job import Job, TeacherConfig
+from manifests.job import Job
 from manifests.storage import read_url
+from manifests.teacher import TeacherConfig
 from manifests.yaml_text import apply_overrides, parse_yaml
 
 if TYPE_CHECKING:

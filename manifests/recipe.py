@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from manifests.job import BevExtent, ImageSize, Strict, check_name
+from manifests.document import ImageSize, Strict, check_name
+from manifests.teacher import BevExtent
 
 DATA = "data"
 LABELS = "labels"

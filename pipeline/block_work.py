@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from math import ceil
 
 import numpy as np
-from PIL import Image
 
 from manifests.bank import (
     BankRecord,
@@ -24,17 +23,21 @@ from manifests.bank import (
 from manifests.storage import Store
 from pipeline.bank.adoption import adopt_object, refuse_orphan
 from pipeline.bank.arrays import ArraySpec, object_name
+from pipeline.bank.encoding import Encoded, mask_cells
 from pipeline.bank.objects import encode_object, object_crc32c, object_size
+from pipeline.bank.point_index import NO_POINT
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import RowFacts, encode_rows, object_path
 from pipeline.decoding import DecodedSample, SampleSchema, decode_sample
 from pipeline.live import LivePass, Prepared, StoredOutput, explain_failure
 from pipeline.memory import Buffers
-from pipeline.samples.points import points_in_view
+from pipeline.samples.decoded import Decoded
+from pipeline.samples.points import Sweep
 from pipeline.samples.shards import Sample
 from pipeline.samples.views import View, ViewPolicy, draw_view
 from pipeline.stopwatch import Stopwatch
-from teachers.preprocess import prepare
+from teachers.inputs.image import ImageSpec
+from teachers.inputs.points import PointsSpec
 
 OutputKey = tuple[StoredOutput, int]
 
@@ -88,19 +91,31 @@ class BlockWork:
         self._needs: dict[Prepared, set[int]] = {}
         for live in passes:
             for _, one in live.prepared():
-                held = next((p for p in self._needs if _same_array(p, one)), one)
+                held = next((p for p in self._needs if p.key == one.key), one)
                 self._needs.setdefault(held, set()).update(live.entry.views)
         self._inputs = {
-            (one.input, one.geometry, view): self._zeros(one)
+            (one.key, view): self._zeros(one)
             for one, views in self._needs.items()
             for view in views
+        }
+        # Which points of its sweep a row was given, where an output speaks of points.
+        self._points_given = {
+            one.key: np.full(
+                (record.block_rows, one.spec.num_points), NO_POINT, np.uint32
+            )
+            for live in passes
+            if any(output.kind == "index" for output in live.outputs)
+            for _, one in live.prepared()
+            if isinstance(one.spec, PointsSpec)
         }
         self._outputs: dict[str, dict[OutputKey, np.ndarray]] = {}
         self._contents: list[CommitContent] = []
         self._bytes_written = 0
 
     def _zeros(self, one: Prepared) -> np.ndarray:
-        array = self._buffers.take((self._record.block_rows, *one.row_shape), one.dtype)
+        array = self._buffers.take(
+            (self._record.block_rows, *one.spec.row_shape), one.spec.row_dtype
+        )
         # An invalid row keeps its slot, which must not hold another block's pixels.
         array.fill(0)
         return array
@@ -138,21 +153,21 @@ class BlockWork:
             view: draw_view(policy, self.item.shard, key, view, decoded.facts.sizes)
             for view in views
         }
+        moved: dict[tuple[str, int], Decoded] = {}
         for one, wanted in self._needs.items():
             value = decoded.values.get(one.input)
             if value is None:
                 continue
+            if isinstance(value, Sweep) and one.key in self._points_given:
+                assert isinstance(one.spec, PointsSpec)
+                self._points_given[one.key][offset] = one.spec.stored_rows(value)
             for number in wanted:
                 view = drawn[number]
-                target = self._inputs[one.input, one.geometry, number]
-                if isinstance(value, Image.Image):
-                    target[offset] = prepare(
-                        value, one.spec, view.boxes[one.input], view.flip
-                    )
-                else:
-                    columns = tuple(self._record.inputs[one.input].config["columns"])
-                    moved = points_in_view(value, columns, view)
-                    target[offset] = prepare(moved, one.spec, None, False)
+                seen = value
+                if isinstance(value, Sweep):
+                    seen = moved.setdefault((one.input, number), value.in_view(view))
+                target = self._inputs[one.key, number]
+                target[offset] = one.spec.prepare(seen, view, one.input)
 
     def _row_done(
         self, offset: int, facts: RowFacts, bytes_read: int
@@ -215,14 +230,14 @@ class BlockWork:
         arrays = {}
         for of_size, one in live.prepared():
             if of_size == size:
-                rows = self._inputs[one.input, one.geometry, view][low:high]
+                rows = self._inputs[one.key, view][low:high]
                 arrays[one.input] = _padded(rows, live.entry.batch)
         try:
             found = live.forward(size, arrays)
         except (RuntimeError, MemoryError) as error:
             raise explain_failure(live, error, live.entry.batch) from error
         for (output, number), target in outputs.items():
-            if output.size == size and number == view:
+            if output.size == size and number == view and output.kind != "index":
                 np.copyto(target[low:high], found[output.name][: high - low], "no")
 
     def _outputs_of(self, live: LivePass) -> dict[OutputKey, np.ndarray]:
@@ -293,12 +308,15 @@ class BlockWork:
         name = live.entry.id
         usable = self._usable[name]
         values = self._outputs_of(live)
+        for (output, _), target in values.items():
+            if output.kind == "index":
+                np.copyto(target, self._points_of(live, output))
         while True:
             # A row that one output refuses is missing in all: encode until none is new.
             with self._watch.stage("encode"):
                 encoded = {
-                    key: key[0].encoding.encode(array, usable, reuse=True)
-                    for key, array in values.items()
+                    (output, view): self._encode(live, output, view, array, usable)
+                    for (output, view), array in values.items()
                 }
             refused = {
                 (row, f"{output.name}:{reason}")
@@ -318,6 +336,34 @@ class BlockWork:
                 path, size, crc = self._write_object(spec, rows, view, usable, store)
                 objects[path] = (size, crc)
         return objects
+
+    def _encode(
+        self,
+        live: LivePass,
+        output: StoredOutput,
+        view: int,
+        values: np.ndarray,
+        usable: np.ndarray,
+    ) -> Encoded:
+        """Returns an output's rows as stored; cells on padding are missing."""
+        encoded = output.encoding.encode(values, usable, reuse=True)
+        for size, one in live.prepared():
+            spec = one.spec
+            if size != output.size or output.kind != "grid":
+                continue
+            if isinstance(spec, ImageSpec) and spec.pad:
+                rows = self._inputs[one.key, view]
+                grid = (output.shape[0], output.shape[1])
+                missing = spec.missing_cells(rows, grid, output.pool)
+                return mask_cells(output.encoding, encoded, missing)
+        return encoded
+
+    def _points_of(self, live: LivePass, output: StoredOutput) -> np.ndarray:
+        """Returns which points of its sweep each row was given, (rows, P)."""
+        for size, one in live.prepared():
+            if size == output.size and one.key in self._points_given:
+                return self._points_given[one.key]
+        raise AssertionError("an output of points has a sweep")
 
     def _write_object(
         self,
@@ -393,10 +439,6 @@ class BlockWork:
             bytes_written=self._bytes_written,
             objects=sum(len(content.objects) for content in self._contents),
         )
-
-
-def _same_array(one: Prepared, other: Prepared) -> bool:
-    return (one.input, one.geometry) == (other.input, other.geometry)
 
 
 def _padded(rows: np.ndarray, batch: int) -> np.ndarray:

@@ -10,23 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-from PIL import Image
-from pydantic import TypeAdapter
-
 from manifests.bank import InputEntry
-from manifests.job import ImageInput, InputConfig, LabelConfig
+from manifests.inputs import INPUT, ClipInput, ImageInput, InputConfig, LabelConfig
 from pipeline.bank.rows import RowFacts
 from pipeline.samples.calibration import parse_calibration
+from pipeline.samples.clips import decode_clip
+from pipeline.samples.decoded import Decoded
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import decode_image
 from pipeline.samples.labels import parse_label, parse_metadata
 from pipeline.samples.members import find_member, members_of
-from pipeline.samples.points import decode_points
+from pipeline.samples.points import Sweep, decode_sweep
 from pipeline.samples.shards import Sample
-
-Decoded = Image.Image | np.ndarray
-_INPUT: TypeAdapter[InputConfig] = TypeAdapter(InputConfig)
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,7 @@ class SampleSchema:
     ) -> SampleSchema:
         """Returns the schema of a bank's input and label entries."""
         return cls(
-            {name: _INPUT.validate_python(one.config) for name, one in inputs.items()},
+            {name: INPUT.validate_python(one.config) for name, one in inputs.items()},
             {name: LabelConfig.model_validate(one) for name, one in labels.items()},
             {name: one.metadata for name, one in inputs.items()},
         )
@@ -69,10 +64,12 @@ class DecodedSample:
 
 
 def _decode_input(sample: Sample, config: InputConfig) -> Decoded:
+    if isinstance(config, ClipInput):
+        return decode_clip(sample, config)
     data = find_member(sample, members_of(config))
     if isinstance(config, ImageInput):
         return decode_image(data)
-    return decode_points(data, config.columns, config.intensity_max)
+    return decode_sweep(data, config)
 
 
 def decode_sample(
@@ -99,10 +96,11 @@ def decode_sample(
             facts.reasons[name] = str(error)
         else:
             result.values[name] = value
-            if isinstance(value, np.ndarray):
-                facts.points[name] = len(value)
+            if isinstance(value, Sweep):
+                facts.points[name] = len(value.points)
             else:
-                facts.sizes[name] = (value.height, value.width)
+                image = value[0] if isinstance(value, tuple) else value
+                facts.sizes[name] = (image.height, image.width)
         extension = schema.metadata[name]
         if isinstance(config, ImageInput) and config.calibration and extension:
             try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from manifests.bank import BankRecord, OutputEntry, PassEntry
+from manifests.bank import BankRecord, OutputEntry
 from manifests.storage import Store
 from pipeline import sizing
 from pipeline.bank.arrays import ArraySpec
@@ -39,25 +39,13 @@ def output_row_bytes(output: OutputEntry) -> int:
     return sum(ArraySpec.from_json(data).row_bytes for data in output.arrays)
 
 
-def input_row_bytes(entry: PassEntry) -> int:
-    """Returns bytes of one row and view of everything a pass's teacher is given."""
-    total = 0
-    for size in {output.size for output in entry.outputs}:
-        for spec in entry.provenance["preprocess"][size].values():
-            if spec["kind"] == "image":
-                total += spec["height"] * spec["width"] * 3
-            else:
-                total += spec["num_points"] * len(spec["columns"]) * 4
-    return total
-
-
 def block_bytes(record: BankRecord, pass_ids: Sequence[str]) -> int:
     """Returns the memory of one block in flight: inputs, outputs, encoded copy."""
     row = 0
     for name in pass_ids:
         entry = record.pass_by_id(name)
         outputs = sum(output_row_bytes(output) for output in entry.outputs)
-        row += len(entry.views) * (input_row_bytes(entry) + 2 * outputs)
+        row += len(entry.views) * (entry.input_bytes + 2 * outputs)
     return row * record.block_rows
 
 

@@ -13,7 +13,8 @@ from itertools import islice
 from statistics import median
 
 from manifests.bank import InputEntry
-from manifests.job import ImageInput, Job
+from manifests.inputs import ClipInput, ImageInput, PointsInput
+from manifests.job import Job
 from pipeline.errors import PipelineError
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import image_size
@@ -29,7 +30,9 @@ PROBED_SHARDS = 16
 WIDE_ASPECT = 1.5
 
 
-def _probe(shards: Iterable[ProbedShard], config: ImageInput) -> list[float]:
+def _probe(
+    shards: Iterable[ProbedShard], config: ImageInput | ClipInput
+) -> list[float]:
     """Returns width over height of the first images that have a readable header."""
     aspects: list[float] = []
     wanted = frozenset(members_of(config))
@@ -62,7 +65,7 @@ def resolve_input(name: str, job: Job, shards: Iterable[ProbedShard]) -> InputEn
     """
     config = job.inputs[name]
     data = config.model_dump(mode="json")
-    if not isinstance(config, ImageInput):
+    if isinstance(config, PointsInput):
         return InputEntry(config=data, metadata=job.metadata)
     with_points = any(other.kind == "points" for other in job.inputs.values())
     probed = list(islice((shard for shard in shards if shard[2]), PROBED_SHARDS))
@@ -75,9 +78,8 @@ def resolve_input(name: str, job: Job, shards: Iterable[ProbedShard]) -> InputEn
             )
         aspects = [1.0]
     aspect = median(aspects)
-    whole = (
-        bool(config.calibration) or with_points or max(aspect, 1 / aspect) > WIDE_ASPECT
-    )
+    is_wide = max(aspect, 1 / aspect) > WIDE_ASPECT
+    whole = bool(data.get("calibration")) or with_points or is_wide
     view0 = config.view0 if config.view0 != "auto" else ("full" if whole else "square")
     return InputEntry(
         config=data,

@@ -5,7 +5,7 @@ The one place of the engine that touches torch; imported when work begins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +13,18 @@ import numpy as np
 import torch
 
 from manifests.bank import BankRecord, PassEntry
-from manifests.job import TeacherConfig
 from manifests.loading import digest
+from manifests.teacher import TeacherConfig
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.errors import PipelineError
 from pipeline.resolve import parse_size, request_of
 from teachers import registry
-from teachers.interface import ImageSpec, InputSpec, Teacher, WeightsRecord
-from teachers.preprocess import to_tensor
+from teachers.inputs.spec import InputSpec
+from teachers.interface import Teacher, WeightsRecord
 
-Geometry = tuple[str, int, int, str] | InputSpec
+PreparedKey = tuple[str, Hashable]
 
 
 @dataclass(frozen=True)
@@ -33,45 +33,30 @@ class StoredOutput:
 
     size: str
     name: str
+    kind: str
     encoding: Encoding
     arrays: tuple[ArraySpec, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    pool: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One array of prepared inputs, shared by every pass that takes the same pixels.
+    """One array of prepared inputs, shared by every pass that takes the same rows.
 
     Attributes:
         input: name of the input in the job.
-        geometry: what decides the array; teachers that differ only in colour
-            arithmetic share it.
         spec: of the first teacher that asked for it.
     """
 
     input: str
-    geometry: Geometry
     spec: InputSpec
 
     @property
-    def row_shape(self) -> tuple[int, ...]:
-        """Shape of one row: (H, W, 3) uint8 or (P, C) float32."""
-        if isinstance(self.spec, ImageSpec):
-            return (self.spec.height, self.spec.width, 3)
-        return (self.spec.num_points, len(self.spec.columns))
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Element type of the array."""
-        return np.dtype(np.uint8 if isinstance(self.spec, ImageSpec) else np.float32)
-
-
-def geometry_of(spec: InputSpec) -> Geometry:
-    """Returns what of a spec decides the prepared array."""
-    if isinstance(spec, ImageSpec):
-        return ("image", spec.height, spec.width, spec.interpolation)
-    return spec
+    def key(self) -> PreparedKey:
+        """What teachers that can share the array agree on."""
+        return self.input, self.spec.geometry
 
 
 @dataclass(frozen=True)
@@ -92,7 +77,7 @@ class LivePass:
     def prepared(self) -> list[tuple[str, Prepared]]:
         """Returns (size, prepared input) for everything its teacher takes."""
         return [
-            (size, Prepared(name, geometry_of(spec), spec))
+            (size, Prepared(name, spec))
             for size, specs in self.specs.items()
             for name, spec in specs.items()
         ]
@@ -114,14 +99,14 @@ class LivePass:
         # A teacher shared between groups knows its inputs by the first group's names.
         names = [one.name for one in self.teacher.request.group]
         batch = {
-            theirs: to_tensor(arrays[ours], self.specs[size][ours], self.device, dtype)
+            theirs: self.specs[size][ours].to_tensor(arrays[ours], self.device, dtype)
             for theirs, ours in zip(names, self.entry.inputs, strict=True)
         }
         with torch.inference_mode():
             found = self.teacher.forward(batch, parse_size(size))
             values = {name: _to_numpy(found[name]) for name in found}
         for output in self.outputs:
-            if output.size != size:
+            if output.size != size or output.kind == "index":
                 continue
             shape = values[output.name].shape[1:]
             if shape != output.shape:
@@ -174,10 +159,12 @@ def _outputs(entry: PassEntry) -> tuple[StoredOutput, ...]:
             StoredOutput(
                 output.size,
                 output.name,
+                output.kind,
                 encoding,
                 arrays,
                 output.shape,
                 np.dtype(dtype),
+                tuple(output.definition.get("pool") or (1, 1)),
             )
         )
     return tuple(stored)

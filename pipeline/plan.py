@@ -16,7 +16,8 @@ from typing import Any
 
 from manifests.bank import BankRecord, InputEntry, PassEntry
 from manifests.errors import BankError, ManifestError
-from manifests.job import InputConfig, Job
+from manifests.inputs import INPUT, InputConfig
+from manifests.job import Job
 from manifests.storage import Store
 from pipeline import index, resolve, sizing
 from pipeline.bank.arrays import ArraySpec
@@ -233,10 +234,12 @@ def _check_same_bank(job: Job, record: BankRecord, changes: ShardChanges) -> Non
 
 def _is_same_input(held: InputEntry, config: InputConfig, metadata: str | None) -> bool:
     now = config.model_dump(mode="json")
+    # Read as this version does: a field that came later has its default.
+    before = INPUT.validate_python(held.config).model_dump(mode="json")
     if "view0" in now and now["view0"] in ("auto", held.view0):
-        now["view0"] = held.config["view0"]
-    uses_metadata = bool(held.config.get("calibration"))
-    return held.config == now and (not uses_metadata or held.metadata == metadata)
+        now["view0"] = before.get("view0")
+    uses_metadata = bool(before.get("calibration") or before.get("timestamp"))
+    return before == now and (not uses_metadata or held.metadata == metadata)
 
 
 def _resolve_inputs(

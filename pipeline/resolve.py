@@ -15,10 +15,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from manifests.bank import ROWS_TEACHER, BankRecord, InputEntry, OutputEntry, PassEntry
+from manifests.document import check_name
 from manifests.errors import BankError, ManifestError
-from manifests.job import Job, OutputConfig, TeacherConfig, check_name
+from manifests.job import Job
 from manifests.loading import digest
+from manifests.teacher import OutputConfig, TeacherConfig
+from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import make_encoding
+from pipeline.bank.point_index import PointIndex
 from teachers import registry
 from teachers.code import code_digest, kinds_wanted
 from teachers.errors import WeightsNotFound
@@ -26,11 +30,14 @@ from teachers.interface import (
     Cost,
     GroupInput,
     OutputSpec,
+    Teacher,
     TeacherRequest,
     WeightsRecord,
 )
 
 NATIVE = "native"
+NO_CONFIG = OutputConfig()
+"""Of outputs that a job does not name: they come with others."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class Described:
     preprocess: Mapping[str, Any]
     facts: Mapping[str, Any]
     cost: Cost
+    input_bytes: int
 
 
 def size_name(size: tuple[int, int] | None) -> str:
@@ -124,6 +132,7 @@ def request_of(
             kind=inputs[one].config["kind"],
             aspect=inputs[one].aspect,
             columns=tuple(inputs[one].config.get("columns", ())),
+            frames=int(inputs[one].config.get("frames", 0)),
         )
         for one in members
     )
@@ -190,36 +199,76 @@ def group_teachers(
 def describe(item: GroupTeacher) -> Described:
     """Returns outputs, preprocessing and cost of a teacher, from shapes alone."""
     teacher = registry.open_teacher(item.request, item.weights, "meta")
-    outputs = {size_name(size): teacher.outputs(size) for size in teacher.sizes}
+    outputs = {size_name(size): _with_index(teacher, size) for size in teacher.sizes}
+    specs = {size_name(size): teacher.inputs(size) for size in teacher.sizes}
     preprocess = {
-        size_name(size): {
-            name: asdict(spec) for name, spec in teacher.inputs(size).items()
-        }
-        for size in teacher.sizes
+        size: {name: spec.to_json() for name, spec in taken.items()}
+        for size, taken in specs.items()
     }
     costs = [teacher.cost(size) for size in teacher.sizes]
     cost = Cost(
         flops=sum(one.flops for one in costs),
         working_bytes=max(one.working_bytes for one in costs),
     )
-    return Described(outputs, preprocess, teacher.facts.to_json(), cost)
+    input_bytes = sum(
+        spec.row_bytes for taken in specs.values() for spec in taken.values()
+    )
+    return Described(outputs, preprocess, teacher.facts.to_json(), cost, input_bytes)
 
 
-def _definition(config: OutputConfig) -> dict[str, Any]:
-    """Returns the fields of an output's job entry that define its values."""
+def _with_index(
+    teacher: Teacher, size: tuple[int, int] | None
+) -> dict[str, OutputSpec]:
+    """Returns a teacher's outputs, and beside those of points which points they are."""
+    outputs: dict[str, OutputSpec] = {}
+    for name, spec in teacher.outputs(size).items():
+        outputs[name] = spec
+        if spec.kind == "points":
+            index = f"{name}_index"
+            source = f"which points of the sweep as stored {name} is of"
+            outputs[index] = OutputSpec(
+                index, "index", spec.shape[:1], "uint32", source=source
+            )
+    return outputs
+
+
+def _definition(spec: OutputSpec, config: OutputConfig, path: str) -> dict[str, Any]:
+    """Returns the fields of an output's job entry that define its values.
+
+    A bird's-eye grid has the extent that its teacher knows, else that of the job.
+
+    Raises:
+        ManifestError: the job contradicts the teacher's extent.
+    """
     data = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     for stored in ("encoding", "topk", "temperatures"):
         data.pop(stored, None)
+    if spec.extent is not None:
+        known = spec.extent.model_dump(mode="json")
+        if data.setdefault("extent", known) != known:
+            raise ManifestError(
+                f"extent of {path} must be the teacher's own {known}, got "
+                f"{data['extent']}; leave it out of the job"
+            )
     return data
 
 
 def output_entry(
     spec: OutputSpec, config: OutputConfig, folder: str, size: str, block_rows: int
 ) -> OutputEntry:
-    """Returns one output as the bank will hold it, its arrays included."""
-    encoding = make_encoding(
-        config, name=spec.name, kind=spec.kind, shape=spec.shape, dtype=spec.dtype
-    )
+    """Returns one output as the bank will hold it, its arrays included.
+
+    Raises:
+        ManifestError: the job contradicts the extent that the teacher knows.
+    """
+    if spec.kind == "index":
+        encoding: Encoding = PointIndex(
+            name=spec.name, kind="index", shape=spec.shape, dtype="uint32"
+        )
+    else:
+        encoding = make_encoding(
+            config, name=spec.name, kind=spec.kind, shape=spec.shape, dtype=spec.dtype
+        )
     arrays = encoding.arrays(folder, block_rows)
     return OutputEntry(
         name=spec.name,
@@ -229,7 +278,7 @@ def output_entry(
         dtype=spec.dtype,
         norm=spec.norm,
         source=spec.source,
-        definition=_definition(config),
+        definition=_definition(spec, config, f"{folder}/{spec.name}"),
         encoding=encoding.to_json(),
         arrays=tuple(array.to_json() for array in arrays),
     )
@@ -369,7 +418,7 @@ def resolve_teacher(
     entries = {
         (size, name): output_entry(
             spec,
-            config.outputs[name],
+            config.outputs.get(name, NO_CONFIG),
             f"{item.teacher}/{item.group}/{size}",
             size,
             block_rows,
@@ -413,7 +462,10 @@ def resolve_teacher(
                     "preprocess": dict(described.preprocess),
                     "facts": dict(described.facts),
                     "license": config.license or described.facts.get("license"),
-                    "cost_per_row": asdict(described.cost),
+                    "cost_per_row": {
+                        **asdict(described.cost),
+                        "input_bytes": described.input_bytes,
+                    },
                     "versions": _versions(),
                 },
             )

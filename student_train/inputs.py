@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from manifests.bank import BankRecord
-from manifests.job import ImageInput, InputConfig
+from manifests.inputs import ImageInput, InputConfig
 from manifests.recipe import Interpolation, MapLabel
 from pipeline.bank.record import view_policy_of
 from pipeline.samples.calibration import Calibration, calibration_for_view

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from manifests.job import BevExtent
 from manifests.recipe import (
     DATA,
     LABELS,
@@ -19,6 +18,7 @@ from manifests.recipe import (
     Recipe,
     TargetConfig,
 )
+from manifests.teacher import BevExtent
 from pipeline.bank.open import Bank
 from pipeline.bank.record import view_policy_of
 from student_train.errors import TrainingError

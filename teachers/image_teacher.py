@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pipeline.samples.fitting import fit_size
 from teachers.errors import TeacherError
-from teachers.interface import InputSpec, Size, TeacherRequest
-from teachers.preprocess import image_spec
+from teachers.inputs.image import image_spec
+from teachers.inputs.spec import InputSpec
+from teachers.interface import Size, TeacherRequest
 from teachers.torch_teacher import Tap, TorchTeacher
 
 

@@ -10,54 +10,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from manifests.job import TeacherConfig
+from manifests.teacher import BevExtent, TeacherConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from teachers.inputs.spec import InputSpec
+
 Size = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """How a teacher takes an image: one resize of the view's box, then arithmetic.
-
-    The pixel arithmetic is ``((pixel / 255 * range) - mean) / std / divide`` in
-    float32, per channel in the order of ``channels``.
-    """
-
-    height: int
-    width: int
-    interpolation: str = "bicubic"
-    channels: str = "rgb"
-    range: float = 1.0
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
-    divide: float = 1.0
-    kind: Literal["image"] = "image"
-
-
-@dataclass(frozen=True)
-class PointsSpec:
-    """How a teacher takes a sweep: a fixed number of evenly chosen points.
-
-    Attributes:
-        columns: names of the columns given, in order.
-        indices: where each of them stands in the sweep as decoded.
-        num_points: rows given; a smaller sweep is repeated from its start.
-        centre: subtract the mean of x, y, z over the points given.
-        unit_sphere: divide x, y, z by the largest radius (at least 1e-6).
-    """
-
-    columns: tuple[str, ...]
-    indices: tuple[int, ...]
-    num_points: int
-    centre: bool = False
-    unit_sphere: bool = False
-    kind: Literal["points"] = "points"
-
-
-InputSpec = ImageSpec | PointsSpec
+OutputKind = Literal["vector", "grid", "frames", "points", "index"]
 
 
 @dataclass(frozen=True)
@@ -67,25 +28,24 @@ class OutputSpec:
     Attributes:
         name: ``cls``, ``pooled``, ``embed``, ``patch``, ``layer<k>``, ``level<k>``,
             ``logits``, ``bev`` or ``points``.
-        kind: ``vector`` is (C,), ``grid`` is (H, W, C) in raster order.
+        kind: ``vector`` is (C,), ``grid`` is (H, W, C) in raster order, ``frames``
+            is (T, H, W, C), ``points`` is (P, C) in the order of the points given,
+            ``index`` (P,) says which points those are (the engine makes it).
         shape: of one row and view, channels last.
         dtype: what the forward pass yields: float32, bfloat16 or float16.
         norm: ``post`` or ``pre`` the model's final norm; None where it says nothing.
         source: where in the model it is taken, in words.
+        extent: of a bird's-eye grid whose place the model itself decides; None: it has
+            none, or only the job knows it.
     """
 
     name: str
-    kind: Literal["vector", "grid"]
+    kind: OutputKind
     shape: tuple[int, ...]
     dtype: str
     norm: str | None = None
     source: str = ""
-
-    @property
-    def dimension_names(self) -> tuple[str, ...]:
-        """Zarr dimension names of a row, prefixed by the output's name."""
-        axes = ("channel",) if self.kind == "vector" else ("y", "x", "channel")
-        return tuple(f"{self.name}_{axis}" for axis in axes)
+    extent: BevExtent | None = None
 
 
 @dataclass(frozen=True)
@@ -94,15 +54,17 @@ class GroupInput:
 
     Attributes:
         name: the input's name in the job.
-        kind: ``image`` or ``points``.
-        aspect: width over height of view 0's box (images; 1.0 else).
+        kind: ``image``, ``clip`` or ``points``.
+        aspect: width over height of view 0's box (images and clips; 1.0 else).
         columns: columns of the decoded sweep (points).
+        frames: number of frames (clips).
     """
 
     name: str
     kind: str
     aspect: float = 1.0
     columns: tuple[str, ...] = ()
+    frames: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,8 +190,8 @@ class Teacher(ABC):
         """Runs the model once on a batch and returns every output.
 
         Args:
-            batch: by input name; images (B, 3, H, W) normalised, sweeps (B, P, C), in
-                the teacher's precision and on its device.
+            batch: by input name; images (B, 3, H, W) normalised, clips (B, T, 3, H, W),
+                sweeps (B, P, C), on the teacher's device and in its precision.
             size: one of `sizes`.
 
         Returns:

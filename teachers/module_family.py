@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,12 +24,15 @@ from torch import Tensor, nn
 
 from manifests.code import Code, explained, load_code
 from manifests.errors import ManifestError
-from manifests.job import OutputConfig
 from manifests.suggestions import close_matches
+from manifests.teacher import OutputConfig
 from teachers.cost import building_on
 from teachers.errors import TeacherError
-from teachers.interface import InputSpec, Size, TeacherRequest, WeightsRecord
-from teachers.preprocess import image_spec, points_spec
+from teachers.inputs.clip import ClipSpec
+from teachers.inputs.image import image_spec
+from teachers.inputs.points import points_spec
+from teachers.inputs.spec import InputSpec
+from teachers.interface import Size, TeacherRequest, WeightsRecord
 from teachers.torch_teacher import (
     Tap,
     TorchTeacher,
@@ -46,8 +50,9 @@ from teachers.weights import (
 
 _SOURCE = re.compile(r"(?P<path>\w+(?:\.\w+)*)(?P<indices>(?:\[[^\[\]]+\])*)")
 _RETURNED = "output"
-_LAYOUT_OF_RANK = {2: "nc", 4: "nchw"}
-_RANK_OF_LAYOUT = {"nc": 2, "nchw": 4, "nhwc": 4, "nlc": 3}
+_POINTS = "points"
+_LAYOUT_OF_RANK = {2: "nc", 4: "nchw", 5: "ntchw"}
+_RANK_OF_LAYOUT = {"nc": 2, "nchw": 4, "nhwc": 4, "nlc": 3, "ncl": 3, "ntchw": 5}
 _SHOWN = 8
 
 
@@ -91,7 +96,7 @@ class ModuleTeacher(TorchTeacher):
         super().__init__(request, device)
         self._weights = weights
         self._code = _load(request.config.model_name, request.base, self.where)
-        self._has_images = any(item.kind == "image" for item in request.group)
+        self._has_images = any(item.kind != "points" for item in request.group)
         if self._has_images and not request.config.sizes:
             raise TeacherError(
                 f"{self.where}.sizes must be given: a module does not say at which "
@@ -129,7 +134,7 @@ class ModuleTeacher(TorchTeacher):
                 specs[item.name] = points_spec(config, item, self.where)
                 continue
             assert size is not None, "an image has a size"
-            specs[item.name] = image_spec(
+            frame = image_spec(
                 config,
                 size,
                 interpolation="bilinear",
@@ -137,6 +142,8 @@ class ModuleTeacher(TorchTeacher):
                 std=(1.0, 1.0, 1.0),
                 where=self.where,
             )
+            is_clip = item.kind == "clip"
+            specs[item.name] = ClipSpec(frame, item.frames) if is_clip else frame
         return specs
 
     def _create(self, device: str) -> nn.Module:
@@ -207,7 +214,7 @@ class ModuleTeacher(TorchTeacher):
                 found = self._only(seen(path, False), path, entry)
             value = follow(found, path, indices, entry)
             taps[name] = Tap(
-                to_channels_last(value, config.outputs[name], entry),
+                to_channels_last(value, config.outputs[name], entry, name == _POINTS),
                 None,
                 config.outputs[name].source or _RETURNED,
             )
@@ -295,14 +302,24 @@ def _contents(value: Any) -> str:
     return ", ".join(parts) + (", ..." if len(items) > _SHOWN else "")
 
 
-def to_channels_last(tensor: Tensor, config: OutputConfig, entry: str) -> Tensor:
-    """Returns an output as (B, C) or (B, H, W, C).
+def to_channels_last(
+    tensor: Tensor, config: OutputConfig, entry: str, is_points: bool = False
+) -> Tensor:
+    """Returns an output as (B, C), (B, H, W, C), (B, T, H, W, C) or (B, P, C).
+
+    Args:
+        tensor: as the module gives it.
+        config: says its layout and grid.
+        entry: in the job, for messages.
+        is_points: whether its tokens are the points given, which lie on no grid.
 
     Raises:
         TeacherError: its rank is not that of its layout, or needs one to be given.
     """
     shape = list(tensor.shape)
     layout = config.layout or _LAYOUT_OF_RANK.get(tensor.ndim)
+    if is_points and tensor.ndim == 3:
+        layout = config.layout or "nlc"
     if layout is None or _RANK_OF_LAYOUT[layout] != tensor.ndim:
         hint = "give `layout: nlc` and `grid: [H, W]`" if tensor.ndim == 3 else ""
         raise TeacherError(
@@ -310,20 +327,30 @@ def to_channels_last(tensor: Tensor, config: OutputConfig, entry: str) -> Tensor
             f"{f' for layout {layout}' if layout else ''}, got {shape}; "
             f"{hint or 'take another tensor'}"
         )
-    if config.grid is not None and layout != "nlc":
+    if is_points != (tensor.ndim == 3 and config.grid is None):
+        raise TeacherError(
+            f"{entry} must be (batch, points, channels) without a grid where it is "
+            f"named points, and on a grid elsewhere, got {shape}; give it another "
+            "name, or `layout: nlc` and `grid: [H, W]`"
+        )
+    if config.grid is not None and layout not in ("nlc", "ncl"):
         raise TeacherError(
             f"{entry}.grid is for layout nlc, got {layout}; leave it out"
         )
     if layout == "nchw":
         return channels_last(tensor)
-    if layout != "nlc":
+    if layout == "ntchw":
+        return tensor.permute(0, 1, 3, 4, 2)
+    if layout == "ncl":
+        tensor = tensor.transpose(1, 2)
+    if config.grid is None:
         return tensor
-    if config.grid is None or config.grid[0] * config.grid[1] != shape[1]:
+    if math.prod(config.grid) != tensor.shape[1]:
         raise TeacherError(
-            f"{entry}.grid must be [H, W] with H x W = {shape[1]} tokens, got "
-            f"{list(config.grid) if config.grid else 'none'}"
+            f"{entry}.grid must be [H, W] with H x W = {tensor.shape[1]} tokens, or "
+            f"[T, H, W], got {list(config.grid)}"
         )
-    return tensor.reshape(shape[0], *config.grid, shape[2])
+    return tensor.reshape(shape[0], *config.grid, tensor.shape[2])
 
 
 def describe(name: str, base: str) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Protocol, cast
 
-from manifests.job import PreprocessConfig
 from manifests.suggestions import close_matches
+from manifests.teacher import PreprocessConfig
 from teachers.errors import TeacherError
 from teachers.interface import Teacher, TeacherRequest, WeightsRecord
 from teachers.weights import Wanted, find_file, parse_wanted, random_record
@@ -70,9 +70,43 @@ FAMILIES: dict[str, Family] = {
     "module": Family(
         "teachers.module_family",
         "module:./file.py:CLASS, any torch module of yours",
-        kinds=("image", "points"),
+        kinds=("image", "points", "clip"),
         groups=True,
         takes_from=True,
+    ),
+    "student": Family(
+        "teachers.student_family",
+        "student:./folder, a student that `train` made, or a folder of its kind",
+        kinds=("image", "points", "clip"),
+        groups=True,
+        takes_from=True,
+        takes_args=False,
+    ),
+    "exported": Family(
+        "teachers.exported_family",
+        "exported:./file.pt2, a program that torch.export saved",
+        kinds=("image", "points", "clip"),
+        groups=True,
+        takes_from=True,
+        takes_args=False,
+    ),
+    "pointpillars": Family(
+        "teachers.pointpillars_family",
+        "pointpillars:kitti, nuscenes or waymo; weights of OpenPCDet or mmdetection3d",
+        kinds=("points",),
+        outputs=r"bev|level\d+",
+    ),
+    "range_view": Family(
+        "teachers.raster_family",
+        "range_view:NAME, any timm model on a sweep as its sensor sees it",
+        kinds=("points",),
+        outputs=r"cls|pooled|patch|logits|(layer|level)\d+",
+    ),
+    "bev_raster": Family(
+        "teachers.raster_family",
+        "bev_raster:NAME, any timm model on a sweep as seen from above",
+        kinds=("points",),
+        outputs=r"cls|pooled|bev|logits|(layer|level)\d+",
     ),
 }
 

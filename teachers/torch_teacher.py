@@ -14,20 +14,19 @@ import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from manifests.job import OutputConfig
+from manifests.teacher import BevExtent, OutputConfig
 from teachers.cost import CostMeter
 from teachers.errors import TeacherError
 from teachers.interface import (
     Cost,
     Facts,
-    ImageSpec,
-    InputSpec,
+    OutputKind,
     OutputSpec,
     Size,
     Teacher,
@@ -41,19 +40,30 @@ DTYPES = {
 }
 
 
+_KIND_OF_RANK: dict[int, OutputKind] = {
+    1: "vector",
+    2: "points",
+    3: "grid",
+    4: "frames",
+}
+
+
 @dataclass(frozen=True)
 class Tap:
     """One output as a family found it.
 
     Attributes:
-        tensor: (B, C) or, channels last and in raster order, (B, H, W, C).
+        tensor: (B, C); channels last and in raster order (B, H, W, C) or, of a clip,
+            (B, T, H, W, C); (B, P, C) in the order of the points given.
         norm: ``post`` or ``pre`` the model's final norm; None where it says nothing.
         source: where in the model it is taken, in words.
+        extent: of a bird's-eye grid whose place the model decides, rows along x.
     """
 
     tensor: Tensor
     norm: str | None
     source: str
+    extent: BevExtent | None = None
 
 
 class TorchTeacher(Teacher):
@@ -113,8 +123,7 @@ class TorchTeacher(Teacher):
             try:
                 model = freeze(self._blueprint(size, device))
                 batch = {
-                    name: _blank(spec, device)
-                    for name, spec in self.inputs(size).items()
+                    name: spec.blank(device) for name, spec in self.inputs(size).items()
                 }
                 with CostMeter() as meter, torch.inference_mode():
                     taps = self._taps(model, batch, size)
@@ -138,14 +147,15 @@ class TorchTeacher(Teacher):
         self, name: str, config: OutputConfig, tap: Tap, size: Size | None
     ) -> OutputSpec:
         shape = tuple(tap.tensor.shape[1:])
-        kind: Literal["vector", "grid"] = "vector" if len(shape) == 1 else "grid"
         entry = f"{self.where}.outputs.{name}"
-        if len(shape) not in (1, 3):
+        if len(shape) not in _KIND_OF_RANK:
             raise TeacherError(
-                f"{entry} must be a vector or a grid, got {list(shape)} per row"
+                f"{entry} must be a vector (C), points (P, C), a grid (H, W, C) or "
+                f"frames (T, H, W, C), got {list(shape)} per row"
             )
+        kind = _KIND_OF_RANK[len(shape)]
         if config.pool is not None:
-            if kind == "vector":
+            if kind != "grid":
                 raise TeacherError(f"{entry}.pool is for grids; leave it out")
             rows, columns = shape[0] / config.pool[0], shape[1] / config.pool[1]
             if min(config.pool) < 1 or rows % 1 or columns % 1:
@@ -155,7 +165,13 @@ class TorchTeacher(Teacher):
                 )
             shape = (int(rows), int(columns), shape[2])
         return OutputSpec(
-            name, kind, shape, self.request.config.precision, tap.norm, tap.source
+            name,
+            kind,
+            shape,
+            self.request.config.precision,
+            tap.norm,
+            tap.source,
+            tap.extent,
         )
 
     def model(self, size: Size | None) -> nn.Module:
@@ -326,9 +342,3 @@ def _repeatable(device: torch.device) -> Iterator[None]:
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
     ):
         yield
-
-
-def _blank(spec: InputSpec, device: str) -> Tensor:
-    if isinstance(spec, ImageSpec):
-        return torch.zeros(1, 3, spec.height, spec.width, device=device)
-    return torch.zeros(1, spec.num_points, len(spec.columns), device=device)

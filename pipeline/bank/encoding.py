@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from manifests.errors import BankError
-from manifests.job import OutputConfig
+from manifests.teacher import OutputConfig
 from pipeline.bank.arrays import ArraySpec, Codec, Fill, chunk_rows_for
 
 Array = npt.NDArray[Any]
-Kind = Literal["vector", "grid"]
-LogicalDtype = Literal["float32", "bfloat16", "float16"]
+Kind = Literal["vector", "grid", "frames", "points", "index"]
+LogicalDtype = Literal["float32", "bfloat16", "float16", "uint32"]
 
 NON_FINITE = "non_finite"
 OVERFLOW_FLOAT16 = "overflow_float16"
@@ -35,8 +35,16 @@ BFLOAT16_MISSING = 0x7FC0
 AXES: dict[str, tuple[str, ...]] = {
     "vector": ("channel",),
     "grid": ("y", "x", "channel"),
+    "frames": ("frame", "y", "x", "channel"),
+    "points": ("point", "channel"),
+    "index": ("point",),
 }
-STORED_DTYPE = {"float32": "float32", "bfloat16": "uint16", "float16": "float16"}
+STORED_DTYPE = {
+    "float32": "float32",
+    "bfloat16": "uint16",
+    "float16": "float16",
+    "uint32": "uint32",
+}
 # Bits of positive infinity: at or above them a number without its sign is not finite.
 _INFINITY_BITS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
 # Passes over values go by pieces that stay in a core's cache.
@@ -63,7 +71,8 @@ class Encoding(ABC):
 
     Attributes:
         name: of the output, such as ``patch``.
-        kind: ``vector`` (channel) or ``grid`` (y, x, channel).
+        kind: ``vector`` (channel), ``grid`` (y, x, channel), ``frames`` (frame, y, x,
+            channel), ``points`` (point, channel) or ``index`` (point).
         shape: of one row.
         dtype: logical type of the values that come in.
 
@@ -251,6 +260,27 @@ def with_missing(
     filled = values if reuse and values.flags.writeable else values.copy()
     filled[missing] = BFLOAT16_MISSING if dtype == "bfloat16" else np.nan
     return filled
+
+
+def mask_cells(
+    encoding: Encoding, encoded: Encoded, cells: npt.NDArray[np.bool_]
+) -> Encoded:
+    """Returns stored rows in which some cells of a grid are missing.
+
+    Args:
+        encoding: of a grid.
+        encoded: of some rows; not changed.
+        cells: (rows, y, x), which cells are missing.
+    """
+    if not cells.any():
+        return encoded
+    arrays = {}
+    specs = encoding.arrays("", 1)
+    for spec, (suffix, values) in zip(specs, encoded.arrays.items(), strict=True):
+        masked = values.copy()
+        masked[cells] = np.nan if spec.fill == "NaN" else spec.fill
+        arrays[suffix] = masked
+    return Encoded(arrays, encoded.refused)
 
 
 def to_float32(values: Array, dtype: LogicalDtype) -> npt.NDArray[np.float32]:

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from manifests.errors import BankError
-from manifests.job import OutputConfig
-from pipeline.bank import topk as topk  # registers its preset
+from manifests.teacher import OutputConfig
+from pipeline.bank import point_index as point_index  # registers its preset
+from pipeline.bank import topk as topk
 from pipeline.bank.arrays import ArraySpec, Codec, Fill
 from pipeline.bank.encoding import (
     AXES,
@@ -44,8 +45,8 @@ def make_encoding(
     Args:
         config: the output's part of the job.
         name: of the output.
-        kind: ``vector`` or ``grid``.
-        shape: of one row, (C) or (H, W, C).
+        kind: see `Encoding`.
+        shape: of one row, channels last.
         dtype: ``float32``, ``bfloat16`` or ``float16``: what the teacher computes in.
 
     Raises:

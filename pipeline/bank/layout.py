@@ -109,7 +109,7 @@ def row_arrays(record: BankRecord) -> list[RowArray]:
     """Returns every array that finalise writes per row."""
     found = [KEY, FLIP]
     for name, entry in record.inputs.items():
-        if entry.config["kind"] == "image":
+        if entry.config["kind"] != "points":
             found += [box_array(name), size_array(name)]
             if entry.config.get("calibration"):
                 found += calibration_arrays(name)

@@ -51,8 +51,8 @@ class OutputSample:
         self._view = view
         self._blocks = blocks
         self._valid = valid
-        is_grid = output.kind == "grid"
-        limit = statistics.NUM_GRID_ROWS if is_grid else statistics.NUM_VECTORS
+        is_vector = output.kind == "vector"
+        limit = statistics.NUM_VECTORS if is_vector else statistics.NUM_GRID_ROWS
         rows = min(spec.chunk_rows for spec in self._specs)
         self._chunk_rows = rows
         self._chunks = statistics.choose_chunks(valid, rows, limit)
@@ -80,7 +80,7 @@ class OutputSample:
             }
             keep = self._valid[position][rows]
             values = self._encoding.decode(stored)[keep]
-            if self._output.kind == "grid":
+            if self._output.kind != "vector":
                 numbers = (
                     block * self._valid.shape[1] + rows.start + np.flatnonzero(keep)
                 )
@@ -90,12 +90,17 @@ class OutputSample:
 
 
 def _cells(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Returns the chosen cells of (n, H, W, C) grids as (n * cells, C)."""
-    count, height, width, channels = values.shape
-    flat = values.reshape(count, height * width, channels)
-    chosen = statistics.choose_cells(rows.astype(np.int64), height * width)
+    """Returns the chosen cells of (n, ..., C) as (n * cells, C), missing ones left out.
+
+    Cells of a grid, of all frames, or points.
+    """
+    count, channels = values.shape[0], values.shape[-1]
+    flat = values.reshape(count, -1, channels)
+    chosen = statistics.choose_cells(rows.astype(np.int64), flat.shape[1])
     picked: np.ndarray = np.take_along_axis(flat, chosen[:, :, None], axis=1)
-    return picked.reshape(-1, channels)
+    cells = picked.reshape(-1, channels)
+    is_missing = np.isnan(cells[:, 0])
+    return cells[~is_missing] if is_missing.any() else cells
 
 
 def compute(
@@ -132,7 +137,7 @@ def write_statistics(
     live = set(record.live_blocks)
     masks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path, entry, output in layout.outputs(record):
-        if output.encoding["encoding"] == "topk":
+        if output.encoding["encoding"] in ("topk", "index"):
             continue
         if entry.id not in masks:
             masks[entry.id] = _valid_rows(store, record, entry, committed, live)

@@ -53,7 +53,7 @@ def _columns(
 ) -> list[tuple[str, pa.DataType]]:
     columns: list[tuple[str, pa.DataType]] = []
     for name, entry in inputs.items():
-        if entry.config["kind"] == "image":
+        if entry.config["kind"] != "points":
             columns += [(f"{name}.height", pa.int32()), (f"{name}.width", pa.int32())]
             if entry.config.get("calibration"):
                 # Not lists of a fixed size: Parquet's reader fails on a null in those.
@@ -91,7 +91,7 @@ def encode_rows(
     for row in facts:
         for name, entry in inputs.items():
             values[f"{name}.reason"].append(_cut(row.reasons.get(name)))
-            if entry.config["kind"] == "image":
+            if entry.config["kind"] != "points":
                 height, width = row.sizes.get(name, (None, None))
                 values[f"{name}.height"].append(height)
                 values[f"{name}.width"].append(width)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manifests.errors import BankError
-from manifests.job import OutputConfig
+from manifests.teacher import OutputConfig
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.encoding import (
     AXES,

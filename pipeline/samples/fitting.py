@@ -19,12 +19,13 @@ def fit_size(
         native: the model's own (height, width).
         stride: pixels of one cell of its coarsest grid.
         aspect: width over height of the box.
-        fit: ``squash`` is the native size whatever the box; ``tokens`` the multiples of
+        fit: ``squash`` and ``pad`` are the native size whatever the box, which is
+            distorted or padded to fit; ``tokens`` the multiples of
             ``stride`` nearest the box's aspect that have about the native number of
             cells (a box of the native aspect has the native size itself).
     """
     height, width = native
-    if fit == "squash" or abs(math.log(aspect * height / width)) < _SAME_ASPECT:
+    if fit != "tokens" or abs(math.log(aspect * height / width)) < _SAME_ASPECT:
         return native
     cells = height * width / stride**2
     best, best_cost = (1, 1), math.inf

@@ -6,7 +6,7 @@ import json
 import math
 import re
 
-from manifests.job import LabelConfig
+from manifests.inputs import LabelConfig
 from pipeline.samples.errors import SampleError
 
 MAX_METADATA_BYTES = 16 * 2**20

@@ -7,11 +7,36 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from manifests.inputs import PointsInput
 from pipeline.samples.errors import SampleError
 from pipeline.samples.views import View
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """The points of a sweep that can be used.
+
+    Attributes:
+        points: float32 (N, C), finite, N at least 1.
+        columns: what each of the C is.
+        stored: (N,) int64, which point of the sweep as stored each is; None: the same.
+        num_dropped: points as stored that are not among them.
+    """
+
+    points: np.ndarray
+    columns: tuple[str, ...]
+    stored: np.ndarray | None = None
+    num_dropped: int = 0
+
+    def in_view(self, view: View) -> Sweep:
+        """Returns it as a view has it; itself where the view does nothing to it."""
+        moved = points_in_view(self.points, self.columns, view)
+        return self if moved is self.points else replace(self, points=moved)
+
 
 MAX_RANGE_M = 10_000.0
 """No sensor sees farther; a coordinate beyond it is a wrong byte order or column."""
@@ -72,6 +97,16 @@ def decode_points(
     if "intensity" in columns:
         result_NC[:, list(columns).index("intensity")] /= np.float32(intensity_max)
     return result_NC
+
+
+def decode_sweep(data: bytes, config: PointsInput) -> Sweep:
+    """Returns the points of a sweep as its input declares them.
+
+    Raises:
+        SampleError: as `decode_points`.
+    """
+    points = decode_points(data, config.columns, config.intensity_max)
+    return Sweep(points, config.columns)
 
 
 def points_in_view(

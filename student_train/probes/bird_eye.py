@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from manifests.job import BevExtent
+from manifests.teacher import BevExtent
 from pipeline.bank.open import Bank
 from pipeline.samples.calibration import Calibration, calibration_in_view
 from student_train.grids import sample_grid

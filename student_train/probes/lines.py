@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from manifests.job import BevExtent
 from manifests.recipe import ProbeConfig
+from manifests.teacher import BevExtent
 from pipeline.bank.open import Bank
 from student_train.inputs import Size
 from student_train.probes.bird_eye import CameraCells, MetricCells, bev_grid

@@ -15,7 +15,7 @@ import numpy as np
 
 from manifests.bank import OutputEntry
 from manifests.errors import BankError, TeachOnceError
-from manifests.job import BevExtent
+from manifests.teacher import BevExtent
 from pipeline.bank.open import Bank
 from pipeline.bank.statistics import floored_std
 from teachonce.report.pictures import Basis, fit_basis

@@ -15,7 +15,7 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from manifests.errors import TeachOnceError
-from manifests.job import ImageInput, InputConfig, PointsInput
+from manifests.inputs import ImageInput, InputConfig, PointsInput
 from manifests.recipe import Interpolation
 from pipeline.bank.open import Bank
 from pipeline.bank.record import view_policy_of
@@ -23,7 +23,7 @@ from pipeline.samples.calibration import Calibration, calibration_for_view, proj
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import decode_image, resize_view
 from pipeline.samples.members import find_member, members_of
-from pipeline.samples.points import decode_points, points_in_view
+from pipeline.samples.points import decode_sweep
 from pipeline.samples.shards import Sample
 from pipeline.samples.views import View, draw_view
 from student_train.shard_copies import ShardCopies
@@ -250,7 +250,6 @@ def _decode_images(
 def _decode_sweep(sample: Sample, config: PointsInput, view: View) -> np.ndarray:
     """Returns x, y and z of a sweep in the view, (N, 3) float32."""
     data = find_member(sample, members_of(config))
-    points_NC = decode_points(data, config.columns, config.intensity_max)
-    columns = list(config.columns)
-    moved_NC = points_in_view(points_NC, columns, view)
-    return moved_NC[:, [columns.index(axis) for axis in ("x", "y", "z")]]
+    sweep = decode_sweep(data, config).in_view(view)
+    axes = [sweep.columns.index(axis) for axis in ("x", "y", "z")]
+    return sweep.points[:, axes]

@@ -25,9 +25,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from manifests.job import TeacherConfig
-from teachers.interface import GroupInput, ImageSpec, Size, Teacher, TeacherRequest
-from teachers.preprocess import prepare, to_tensor
+from manifests.teacher import TeacherConfig
+from pipeline.samples.views import View
+from teachers.interface import GroupInput, Size, Teacher, TeacherRequest
 from teachers.registry import find_weights, open_teacher
 
 CODE = """
@@ -136,13 +136,12 @@ def _batch(
     dtype = getattr(torch, teacher.request.config.precision)
     batch = {}
     for name, spec in teacher.inputs(size).items():
-        if isinstance(spec, ImageSpec):
-            pixels = (rows, spec.height, spec.width, 3)
-            raw: Any = rng.integers(0, 256, pixels, dtype=np.uint8)
+        shape = (rows, *spec.row_shape)
+        if spec.row_dtype == np.uint8:
+            raw: Any = rng.integers(0, 256, shape, dtype=np.uint8)
         else:
-            points = (rows, spec.num_points, len(spec.columns))
-            raw = rng.normal(size=points).astype(np.float32)
-        batch[name] = to_tensor(raw, spec, "cpu", dtype)
+            raw = rng.normal(size=shape).astype(np.float32)
+        batch[name] = spec.to_tensor(raw, "cpu", dtype)
     return batch
 
 
@@ -171,7 +170,6 @@ def test_shapes_are_those_declared_without_weights(
             assert found[name].is_contiguous()
             assert not found[name].requires_grad
             assert torch.isfinite(found[name]).all()
-            assert len(spec.dimension_names) == len(spec.shape)
 
 
 @every_case
@@ -225,7 +223,7 @@ def _response(teacher: Teacher, name: str, centre: tuple[float, float]) -> Tenso
     patched = ground.copy()
     y, x, half = int(centre[1] * height), int(centre[0] * width), 6
     patched[max(0, y - half) : y + half, max(0, x - half) : x + half] = 250
-    batch = to_tensor(np.stack([ground, patched]), spec, "cpu", torch.float32)
+    batch = spec.to_tensor(np.stack([ground, patched]), "cpu", torch.float32)
     grid = teacher.forward({"image": batch}, size)[name]
     return (grid[1] - grid[0]).square().sum(-1)
 
@@ -292,7 +290,7 @@ def test_colour_is_the_familys_own(case: str, folder: Path) -> None:
     image = _picture(resize, resize)
     offset = round((resize - side) / 2)
     cut = image.crop((offset, offset, offset + side, offset + side))
-    found = to_tensor(np.asarray(cut)[None], spec, "cpu", torch.float32)[0]
+    found = spec.to_tensor(np.asarray(cut)[None], "cpu", torch.float32)[0]
     assert (found - transform(image)).abs().max() < 1e-6
 
 
@@ -311,7 +309,8 @@ def test_resize_is_the_familys_own_where_the_box_is(
     left, top = (round((edge - side) / 2) for edge in scaled)
     x, y = (edge / new for edge, new in zip(shape, scaled, strict=True))
     box = (left * x, top * y, (left + side) * x, (top + side) * y)
-    found = to_tensor(prepare(image, spec, box)[None], spec, "cpu", torch.float32)[0]
+    prepared = spec.prepare(image, View(0, False, 0.0, 1.0, {"image": box}), "image")
+    found = spec.to_tensor(prepared[None], "cpu", torch.float32)[0]
     levels = torch.tensor(spec.std).view(3, 1, 1) * 255
     difference = ((found - transform(image)) * levels).abs()
     assert difference.max() < 2.01

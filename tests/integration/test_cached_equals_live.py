@@ -24,7 +24,6 @@ from pipeline.samples.views import draw_view
 from student_train import trainer as trainer_module
 from student_train.dataset import BankDataset
 from student_train.reading import Reading
-from teachers.preprocess import prepare
 from tests.training import LOGITS, PATCH, once, plain_bank, trainer_for
 
 
@@ -77,7 +76,7 @@ class LiveTeachers:
             image = decode_image(sample.members["jpg"])
             sizes = {"image": (image.height, image.width)}
             drawn = draw_view(self.policy, shard, sample.key, view, sizes)
-            pixels.append(prepare(image, spec, drawn.boxes["image"], drawn.flip))
+            pixels.append(spec.prepare(image, drawn, "image"))
         return live.forward(size, {"image": np.stack(pixels)})
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from manifests.job import Job, TeacherConfig
+from manifests.job import Job
 from manifests.loading import load_job
 from manifests.recipe_loading import load_probe, load_recipe
+from manifests.teacher import TeacherConfig
 from manifests.yaml_text import parse_yaml
 from pipeline.estimate import estimate
 from pipeline.plan import make_plan

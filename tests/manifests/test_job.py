@@ -6,7 +6,11 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from manifests import bank, dataset, job
-from manifests.job import Job, LabelConfig, OutputConfig, ViewsConfig, parse_bytes
+from manifests.document import parse_bytes
+from manifests.inputs import LabelConfig
+from manifests.job import Job
+from manifests.teacher import OutputConfig
+from manifests.views import ViewsConfig
 
 NET = {"model": "timm:test_vit", "outputs": {"cls": {}}}
 IMAGE = {"kind": "image", "member": "jpg"}

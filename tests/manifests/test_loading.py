@@ -178,7 +178,7 @@ IMAGE = {"kind": "image", "member": "jpg"}
         ),
         (
             {"inputs": {"it": {"kind": "points", "member": "b", "view0": "full"}}},
-            "inputs.it.view0: no such field; known: kind, member, columns, intensity",
+            "inputs.it.view0: no such field; known: kind, member, format, columns",
         ),
         (
             {"inputs": {"image": {**IMAGE, "kind": "imgae"}}},

@@ -9,9 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from manifests.errors import ManifestError
-from manifests.job import BevExtent
 from manifests.recipe import HeadConfig, MapLabel, Recipe, RowsConfig, StageConfig
 from manifests.recipe_loading import load_probe, load_recipe
+from manifests.teacher import BevExtent
 from manifests.yaml_text import apply_overrides
 
 TARGET = {"from": "proxy/eupe_g/cls", "loss": {"cosine": 1.0}}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from manifests.job import BevExtent
 from manifests.recipe import MapLabel
+from manifests.teacher import BevExtent
 from pipeline.bank.open import Bank
 from pipeline.samples.errors import SampleError
 from pipeline.samples.shards import Sample

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from manifests.errors import BankError
-from manifests.job import OutputConfig
+from manifests.teacher import OutputConfig
 from pipeline.bank.blocks import read_block
 from pipeline.bank.encodings import make_encoding
 from student_train.errors import TrainingError

@@ -10,7 +10,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from manifests.job import TeacherConfig
+from manifests.teacher import TeacherConfig
 from teachers.interface import GroupInput, Teacher, TeacherRequest
 from teachers.registry import find_weights, open_teacher
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from teachers.errors import TeacherError
 from teachers.interface import GroupInput
-from teachers.preprocess import to_tensor
 from teachers.torch_teacher import TorchTeacher
 
 Open = Callable[..., TorchTeacher]
@@ -160,7 +159,7 @@ def test_a_group_is_called_by_name(open_one: Open) -> None:
     )
     teacher = open_one(
         "module:net.py:Rig",
-        {"pooled": {"from": "output[0]"}, "points": {"from": "output[1]"}},
+        {"pooled": {"from": "output[0]"}, "embed": {"from": "output[1]"}},
         group=group,
         sizes=[[4, 6]],
         preprocess={"points": 5},
@@ -176,7 +175,7 @@ def test_a_group_is_called_by_name(open_one: Open) -> None:
     with torch.inference_mode():
         expected = model(lidar=batch["lidar"], front=batch["front"])
     assert torch.equal(found["pooled"], expected[0])
-    assert torch.equal(found["points"], expected[1])
+    assert torch.equal(found["embed"], expected[1])
 
 
 def test_random_weights_are_a_function_of_the_seed(open_one: Open) -> None:
@@ -244,7 +243,7 @@ def test_espnet_gives_its_own_maps(open_one: Open, shared_data: Path) -> None:
     )
     pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 128, 3), dtype=np.uint8)
     spec = teacher.inputs((64, 128))["image"]
-    image = to_tensor(pixels, spec, "cpu", torch.float32)
+    image = spec.to_tensor(pixels, "cpu", torch.float32)
     assert torch.allclose(
         image, own.camera_preprocess(torch.from_numpy(pixels)), rtol=0, atol=1e-8
     )

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from manifests.errors import BankError, StorageError
-from manifests.job import OutputConfig
 from manifests.storage import Store
+from manifests.teacher import OutputConfig
 from pipeline.bank import blocks
 from pipeline.bank.arrays import object_name
 from pipeline.bank.blocks import BankArray, BlockMaps, read_block, read_values

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from manifests.errors import BankError
-from manifests.job import OutputConfig
+from manifests.teacher import OutputConfig
 from pipeline.bank import encoding as encoding_module
 from pipeline.bank.encodings import encoding_from_json, make_encoding
 

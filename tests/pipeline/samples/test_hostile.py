@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from manifests.job import LabelConfig
+from manifests.inputs import LabelConfig
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import decode_image, image_size, resize_view
 from pipeline.samples.labels import parse_label, parse_metadata

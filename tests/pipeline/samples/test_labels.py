@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from manifests.job import LabelConfig
+from manifests.inputs import LabelConfig
 from pipeline.samples.errors import SampleError
 from pipeline.samples.labels import lookup, parse_label, parse_metadata
 

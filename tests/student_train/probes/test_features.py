@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from manifests.job import BevExtent
 from manifests.recipe import ProbeConfig, StudentConfig
+from manifests.teacher import BevExtent
 from pipeline.bank.open import Bank
 from student_train.export import export_student
 from student_train.grids import resize_grid

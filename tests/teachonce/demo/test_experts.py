@@ -13,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from teachers.interface import ImageSpec, PointsSpec
-from teachers.preprocess import prepare, to_tensor
+from pipeline.samples.points import Sweep
+from pipeline.samples.views import View
+from teachers.inputs.image import ImageSpec
+from teachers.inputs.points import PointsSpec
 from teachonce.demo import nets
 from teachonce.demo.experts import EXPERTS, INTENSITY_MAX, NETS, REPORT, train
 from teachonce.demo.experts.augmentation import (
@@ -148,8 +150,12 @@ def test_images_are_prepared_as_a_job_prepares_them(fresh: Drawn) -> None:
         range=config["range"],
     )
     whole = (0.0, 0.0, 320.0, 160.0)
-    prepared = prepare(Image.fromarray(fresh.image_NHW3[0]), spec, whole)
-    expected = to_tensor(prepared[None], spec, "cpu", torch.float32)
+    prepared = spec.prepare(
+        Image.fromarray(fresh.image_NHW3[0]),
+        View(0, False, 0.0, 1.0, {"cam": whole}),
+        "cam",
+    )
+    expected = spec.to_tensor(prepared[None], "cpu", torch.float32)
     torch.testing.assert_close(as_images(fresh.image_NHW3[:1]), expected)
 
 
@@ -162,7 +168,14 @@ def test_points_are_chosen_as_a_job_chooses_them(num: int) -> None:
         indices=(0, 1, 2, 3),
         num_points=config["points"],
     )
-    np.testing.assert_array_equal(take_points(sweep), prepare(sweep, spec))
+    np.testing.assert_array_equal(
+        take_points(sweep),
+        spec.prepare(
+            Sweep(sweep, tuple(config["columns"])),
+            View(0, False, 0.0, 1.0, {}),
+            "lidar",
+        ),
+    )
 
 
 def test_intensity_is_a_share(samples: list[DemoSample], fresh: Drawn) -> None:

@@ -13,16 +13,14 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import functional as transforms
 
-from manifests.job import PreprocessConfig
+from manifests.teacher import PreprocessConfig
 from pipeline.samples.errors import SampleError
+from pipeline.samples.points import Sweep
+from pipeline.samples.views import Box, View
 from teachers.errors import TeacherError
-from teachers.interface import GroupInput, ImageSpec, PointsSpec
-from teachers.preprocess import (
-    image_spec,
-    points_spec,
-    prepare,
-    to_tensor,
-)
+from teachers.inputs.image import ImageSpec, image_spec
+from teachers.inputs.points import PointsSpec, points_spec
+from teachers.interface import GroupInput
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -33,6 +31,15 @@ def _image_spec(
     return image_spec(
         config, (4, 6), interpolation="bicubic", mean=mean, std=std, where="teachers.t"
     )
+
+
+def _view(box: Box, flip: bool = False) -> View:
+    return View(0, flip, 0.0, 1.0, {"image": box})
+
+
+def _points(spec: PointsSpec, sweep_NC: np.ndarray) -> np.ndarray:
+    columns = tuple("abcdefgh"[: sweep_NC.shape[1]])
+    return spec.prepare(Sweep(sweep_NC, columns), _view((0, 0, 1, 1)), "lidar")
 
 
 def test_image_spec_takes_the_familys_values() -> None:
@@ -69,7 +76,7 @@ def test_image_spec_refuses_a_filter_that_views_do_not_have() -> None:
 
 def test_to_tensor_is_torchvisions_arithmetic() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 5, 7, 3), dtype=np.uint8)
-    found = to_tensor(pixels, _image_spec(PreprocessConfig()), "cpu", torch.float32)
+    found = _image_spec(PreprocessConfig()).to_tensor(pixels, "cpu", torch.float32)
     expected = torch.stack(
         [transforms.normalize(transforms.to_tensor(item), MEAN, STD) for item in pixels]
     )
@@ -82,7 +89,7 @@ def test_to_tensor_covers_every_byte_in_every_order_and_range() -> None:
     pixels = (pixels + np.array([0, 85, 170], np.uint8)).astype(np.uint8)
     mean, std = (72.39, 82.91, 73.16), (45.32, 46.15, 44.91)
     spec = ImageSpec(16, 16, channels="bgr", range=255, mean=mean, std=std, divide=255)
-    found = to_tensor(pixels, spec, "cpu", torch.float32).numpy()
+    found = spec.to_tensor(pixels, "cpu", torch.float32).numpy()
     bgr = pixels[..., ::-1].astype(np.float64)
     expected = ((bgr - mean) / std / 255).transpose(0, 3, 1, 2)
     assert np.abs(found - expected).max() < 1e-8
@@ -92,15 +99,15 @@ def test_to_tensor_rounds_once_to_the_precision() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 3), dtype=np.uint8)
     pixels.flags.writeable = False
     spec = _image_spec(PreprocessConfig())
-    exact = to_tensor(pixels, spec, "cpu", torch.float32)
-    found = to_tensor(pixels, spec, "cpu", torch.bfloat16)
+    exact = spec.to_tensor(pixels, "cpu", torch.float32)
+    found = spec.to_tensor(pixels, "cpu", torch.bfloat16)
     assert torch.equal(found, exact.to(torch.bfloat16))
 
 
 def test_to_tensor_passes_points_on() -> None:
     spec = PointsSpec(("x", "y", "z"), (0, 1, 2), 2)
     points = np.ones((1, 2, 3), np.float32)
-    assert to_tensor(points, spec, "cpu", torch.float32).shape == (1, 2, 3)
+    assert spec.to_tensor(points, "cpu", torch.float32).shape == (1, 2, 3)
 
 
 def test_prepare_resizes_the_fractional_box_once() -> None:
@@ -110,15 +117,17 @@ def test_prepare_resizes_the_fractional_box_once() -> None:
     box = (3.25, 4.5, 51.75, 36.0)
     spec = ImageSpec(8, 12, interpolation="bilinear")
     expected = np.asarray(image.resize((12, 8), Image.Resampling.BILINEAR, box=box))
-    assert np.array_equal(prepare(image, spec, box), expected)
-    assert np.array_equal(prepare(image, spec, box, True), expected[:, ::-1])
+    assert np.array_equal(spec.prepare(image, _view(box), "image"), expected)
+    assert np.array_equal(
+        spec.prepare(image, _view(box, True), "image"), expected[:, ::-1]
+    )
 
 
 @given(st.integers(1, 50), st.integers(1, 60))
 def test_points_are_evenly_chosen(num: int, wanted: int) -> None:
     sweep = np.arange(num, dtype=np.float32)[:, None].repeat(3, 1)
     spec = PointsSpec(("z", "x", "y"), (2, 0, 1), wanted)
-    found = prepare(sweep, spec)[:, 0].astype(int).tolist()
+    found = _points(spec, sweep)[:, 0].astype(int).tolist()
     if num >= wanted:
         assert found == [i * num // wanted for i in range(wanted)]
         assert len(set(found)) == wanted
@@ -131,7 +140,7 @@ def test_points_are_centred_and_scaled() -> None:
     sweep = rng.normal(size=(100, 4)).astype(np.float32) * 30 + 5
     columns = ("intensity", "x", "y", "z")
     spec = PointsSpec(columns, (3, 0, 1, 2), 100, centre=True, unit_sphere=True)
-    found = prepare(sweep, spec)
+    found = _points(spec, sweep)
     xyz = sweep[:, :3].astype(np.float64) - sweep[:, :3].mean(0)
     xyz /= np.linalg.norm(xyz, axis=1).max()
     assert found.dtype == np.float32
@@ -141,7 +150,7 @@ def test_points_are_centred_and_scaled() -> None:
 
 def test_points_that_are_all_one_stay_finite() -> None:
     spec = PointsSpec(("x", "y", "z"), (0, 1, 2), 4, centre=True, unit_sphere=True)
-    assert np.array_equal(prepare(np.ones((3, 3), np.float32), spec), np.zeros((4, 3)))
+    assert np.array_equal(_points(spec, np.ones((3, 3), np.float32)), np.zeros((4, 3)))
 
 
 def test_points_are_those_of_the_models_own_preprocessing(shared_data: Path) -> None:
@@ -151,12 +160,12 @@ def test_points_are_those_of_the_models_own_preprocessing(shared_data: Path) -> 
     sweep = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32) * 20
     spec = PointsSpec(("x", "y", "z"), (0, 1, 2), 64, centre=True, unit_sphere=True)
     expected = names["point_preprocess"](torch.from_numpy(sweep)).numpy()
-    assert np.abs(prepare(sweep, spec) - expected).max() < 1e-6
+    assert np.abs(_points(spec, sweep) - expected).max() < 1e-6
 
 
 def test_an_empty_sweep_is_a_fault_of_the_sample() -> None:
     with pytest.raises(SampleError, match="no point"):
-        prepare(np.zeros((0, 3), np.float32), PointsSpec(("x", "y", "z"), (0, 1, 2), 4))
+        _points(PointsSpec(("x", "y", "z"), (0, 1, 2), 4), np.zeros((0, 3), np.float32))
 
 
 SWEEP = GroupInput("lidar", "points", columns=("x", "y", "z", "intensity"))

@@ -1,0 +1,45 @@
+"""The encoding ``index``: which points of a sweep as stored an output speaks of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.bank.arrays import ArraySpec
+from pipeline.bank.encoding import AXES, Array, Encoded, Encoding, register
+
+NO_POINT = int(np.iinfo(np.uint32).max)
+"""Index of what is no point: padding of a small sweep, or a row that is missing."""
+
+
+@register("index")
+@dataclass(frozen=True, kw_only=True)
+class PointIndex(Encoding):
+    """Numbers of points in the sweep as stored, uint32."""
+
+    def arrays(self, path: str, block_rows: int) -> tuple[ArraySpec, ...]:
+        """Returns one uint32 array."""
+        axes = tuple(zip(AXES[self.kind], self.shape, strict=True))
+        attributes = {"meaning": "number of the point in its sweep as stored"}
+        spec = self._spec(
+            path, "", block_rows, "uint32", axes, "lz4", NO_POINT, attributes
+        )
+        return (spec,)
+
+    def encode(
+        self, values: Array, usable: npt.NDArray[np.bool_], *, reuse: bool = False
+    ) -> Encoded:
+        """Returns the numbers; rows that are missing hold `NO_POINT`."""
+        values, usable = self._checked(values, usable)
+        if not usable.all():
+            values = values if reuse and values.flags.writeable else values.copy()
+            values[~usable] = NO_POINT
+        return Encoded({"": values}, {})
+
+    def decode(self, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]:
+        """Returns the numbers as float32, exact below 2**24; NaN is no point."""
+        values = arrays[""]
+        return np.where(values == NO_POINT, np.nan, values).astype(np.float32)

@@ -1,0 +1,1 @@
+"""How teachers take inputs: a module each for images, clips, sweeps and rasters."""
