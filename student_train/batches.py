@@ -106,6 +106,7 @@ def merge_batches(parts: Sequence[Batch]) -> Batch:
                     for suffix in one.arrays
                 },
                 joined([p.targets[name].valid for p in parts]),
+                _joined_shares([p.targets[name] for p in parts]),
             )
             for name, one in first.targets.items()
         },
@@ -118,6 +119,16 @@ def merge_batches(parts: Sequence[Batch]) -> Batch:
             for k in first.cameras
         },
     )
+
+
+def _joined_shares(targets: Sequence[Target]) -> Tensor | None:
+    shares = [one.shares for one in targets if one.shares is not None]
+    return torch.cat(shares) if shares else None
+
+
+def _joined_shares(targets: Sequence[Target]) -> Tensor | None:
+    shares = [one.shares for one in targets if one.shares is not None]
+    return torch.cat(shares) if shares else None
 
 
 class BatchMemory:

@@ -64,6 +64,7 @@ class Making:
     step: int
     rows: Int64s
     sizes: dict[str, Size]
+    views: Int64s
     arrays: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
     images: dict[str, np.ndarray] = field(default_factory=dict)
     in_view: list[SampleInView] = field(default_factory=list)
@@ -154,7 +155,11 @@ class BatchMaker:
             [np.empty(0, np.int64)]
             + [piece.key.block * self._block_rows + piece.offsets for piece in pieces]
         )
-        making = Making(epoch, step, rows, sizes)
+        views = np.concatenate(
+            [np.empty(0, np.int64)]
+            + [np.full(len(piece.offsets), piece.view) for piece in pieces]
+        )
+        making = Making(epoch, step, rows, sizes, views)
         take = self._batch_memory.take
         for name, array in self._arrays.items():
             shape = (len(rows), *array.spec.row_shape)
@@ -242,7 +247,12 @@ class BatchMaker:
                 for suffix in source.encoding.suffixes
             }
             valid = torch.from_numpy(self._opened.valid[name][rows])
-            targets[name] = Target(source, arrays, valid)
+            shares = None
+            if source.padding is not None:
+                boxes = self._opened.boxes[source.padding.input]
+                found_B2 = source.padding.shares(boxes[rows, making.views])
+                shares = torch.from_numpy(found_B2)
+            targets[name] = Target(source, arrays, valid, shares)
         return Batch(
             epoch=making.epoch,
             step=making.step,

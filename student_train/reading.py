@@ -61,6 +61,7 @@ class OpenedReading:
         labels: (num_rows,) int64 classes or float32 numbers, by label.
         calibration: by image input, intrinsics (num_rows, 3, 3) and lidar2cam
             (num_rows, 4, 4).
+        boxes: by image input that a teacher saw padded, (num_rows, views, 4) boxes.
         reader: decodes samples; None where nothing of the shards is read.
     """
 
@@ -92,6 +93,11 @@ class OpenedReading:
             normalise = not is_logits(output) if chosen is None else name in chosen
             self.sources[name] = TargetSource.open(bank, path, normalise)
             self.valid[name] = bank.validity(path)
+        padded = [one.padding.input for one in self.sources.values() if one.padding]
+        self.boxes = {
+            name: bank.whole_array(f"views/{name}_box")
+            for name in dict.fromkeys(padded)
+        }
         self.labels = {name: self._label(name) for name in reading.labels}
         self.reader: InputReader | None = None
         if reading.inputs or reading.maps:

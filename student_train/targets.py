@@ -24,6 +24,7 @@ from pipeline.bank.open import Bank
 from pipeline.bank.statistics import floored_std
 from pipeline.bank.topk import TopK
 from student_train.errors import TrainingError
+from student_train.padding import Padding, spread_picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,11 +65,13 @@ class TargetSource:
         path: ``<teacher>/<group>/<size>/<output>``.
         entry: what the bank says of it.
         normaliser: None where it is not normalised.
+        padding: how the teacher's input was padded; None where it was not.
     """
 
     path: str
     entry: OutputEntry
     normaliser: Normaliser | None
+    padding: Padding | None = None
 
     @classmethod
     def open(cls, bank: Bank, path: str, normalise: bool) -> TargetSource:
@@ -81,7 +84,14 @@ class TargetSource:
         if normalise:
             found = bank.statistics(path)
             normaliser = Normaliser.of(found["mean"], found["variance"])
-        return cls(path, bank.output(path), normaliser)
+        return cls(path, bank.output(path), normaliser, Padding.of(bank, path))
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of a row of `Target.values`."""
+        if self.padding is None:
+            return self.entry.shape
+        return (*self.padding.grid, self.entry.shape[-1])
 
     @cached_property
     def encoding(self) -> Encoding:
@@ -98,17 +108,27 @@ class Target:
         arrays: from each suffix of its encoding to (B, ...) as stored; bfloat16 are
             ``torch.bfloat16``.
         valid: (B,) bool; other rows hold *missing*.
+        shares: (B, 2) how much of a padded input the picture fills, y and x; None
+            where nothing was padded.
     """
 
     source: TargetSource
     arrays: dict[str, Tensor]
     valid: Tensor
+    shares: Tensor | None = None
 
     def values(self) -> Tensor:
-        """Returns (B, *shape) float32, normalised; rows that are not valid are NaN."""
+        """Returns (B, *source.row_shape) float32, normalised; invalid rows are NaN.
+
+        A grid lies on the view's box, also where the teacher's input was padded.
+        """
         decoded = decode(self.source.encoding, self.arrays)
         normaliser = self.source.normaliser
-        return decoded if normaliser is None else normaliser(decoded)
+        values = decoded if normaliser is None else normaliser(decoded)
+        padding = self.source.padding
+        if padding is None or self.shares is None:
+            return values
+        return spread_picture(values, self.shares, padding.grid)
 
     def to(self, device: torch.device | str) -> Target:
         """Returns it on a device, still encoded."""
@@ -116,7 +136,13 @@ class Target:
             suffix: one.to(device, non_blocking=True)
             for suffix, one in self.arrays.items()
         }
-        return Target(self.source, arrays, self.valid.to(device, non_blocking=True))
+        shares = self.shares
+        return Target(
+            self.source,
+            arrays,
+            self.valid.to(device, non_blocking=True),
+            None if shares is None else shares.to(device, non_blocking=True),
+        )
 
 
 def as_stored(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 
+from pipeline.samples.views import Box
+
 _SAME_ASPECT = 1e-3
 
 
@@ -37,3 +39,18 @@ def fit_size(
             if cost < best_cost:
                 best, best_cost = (rows, columns), cost
     return best[0] * stride, best[1] * stride
+
+
+def padded_size(box: Box, size: tuple[int, int]) -> tuple[int, int]:
+    """Returns the rows and columns of an input, from its top left, that a box fills.
+
+    Args:
+        box: what the view sees.
+        size: (height, width) of the input.
+
+    Source: Segment Anything's ResizeLongestSide: the shorter side is rounded.
+    """
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = min(size[0] / height, size[1] / width)
+    rows, columns = (int(side * scale + 0.5) for side in (height, width))
+    return min(max(rows, 1), size[0]), min(max(columns, 1), size[1])

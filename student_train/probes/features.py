@@ -26,6 +26,7 @@ from student_train.grids import resize_grid
 from student_train.inputs import Size
 from student_train.probes.models import ScoredStudent
 from student_train.reading import Reading
+from student_train.targets import TargetSource
 
 Bools = npt.NDArray[np.bool_]
 Int64s = npt.NDArray[np.int64]
@@ -224,6 +225,7 @@ class TeacherSource:
         """Keeps what it works with; nothing is read yet."""
         self.path = path
         self._bank, self._batch, self._device = bank, batch, device
+        self._source = TargetSource.open(bank, path, normalise=False)
 
     @cached_property
     def usable(self) -> Bools:
@@ -232,7 +234,7 @@ class TeacherSource:
 
     def row_shape(self, tokens: str) -> Shape:
         """Returns the output's shape."""
-        return self._bank.output(self.path).shape
+        return self._source.row_shape
 
     def batches(self, rows: Bools) -> Iterator[tuple[Int64s, Mapping[str, Tensor]]]:
         """Yields the rows' values, decoded on the device."""

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from manifests.teacher import PreprocessConfig
 from pipeline.samples.decoded import Decoded
+from pipeline.samples.fitting import padded_size
 from pipeline.samples.images import Interpolation, resize_view
-from pipeline.samples.views import Box, View
+from pipeline.samples.views import View
 from teachers.errors import TeacherError
 from teachers.inputs.spec import InputSpec, as_tensor
 from teachers.interface import Size
@@ -141,21 +142,6 @@ class ImageSpec(InputSpec):
     def blank(self, device: torch.device | str) -> Tensor:
         """Returns zeros (1, 3, H, W)."""
         return torch.zeros(1, 3, self.height, self.width, device=device)
-
-
-def padded_size(box: Box, size: Size) -> Size:
-    """Returns the rows and columns of an input, from its top left, that a box fills.
-
-    Args:
-        box: what the view sees.
-        size: (height, width) of the input.
-
-    Source: Segment Anything's ResizeLongestSide: the shorter side is rounded.
-    """
-    width, height = box[2] - box[0], box[3] - box[1]
-    scale = min(size[0] / height, size[1] / width)
-    rows, columns = (int(side * scale + 0.5) for side in (height, width))
-    return min(max(rows, 1), size[0]), min(max(columns, 1), size[1])
 
 
 def image_spec(

@@ -90,7 +90,7 @@ def _read_output(bank: Bank, path: str, rows: Sequence[int]) -> ShownOutput:
         for row in rows:
             # A copy: the block is let go of.
             if row // size == block and valid[row]:
-                raw[row] = values[row % size].copy()
+                raw[row] = _picture(values[row % size]).copy()
     mean_C, std_C = _moments(bank, path, raw)
     grids = {row: (grid - mean_C) / std_C for row, grid in raw.items()}
     return ShownOutput(
@@ -104,6 +104,12 @@ def _read_output(bank: Bank, path: str, rows: Sequence[int]) -> ShownOutput:
         basis_of(grids),
         tuple(problems),
     )
+
+
+def _picture(grid_HWC: np.ndarray) -> np.ndarray:
+    """Returns the part of a grid that lies on the picture, without padding's cells."""
+    is_cell_HW = np.isfinite(grid_HWC[..., 0])
+    return grid_HWC[is_cell_HW.any(1)][:, is_cell_HW.any(0)]
 
 
 def _moments(
