@@ -78,6 +78,11 @@ class OutputEntry(Strict):
         return None if found is None else BevExtent.model_validate(found)
 
 
+def is_logits(output: str) -> bool:
+    """Returns whether an output's values are logits: ``logits``, ``logits_<part>``."""
+    return output == "logits" or output.startswith("logits_")
+
+
 class PassEntry(Strict):
     """One teacher on one group for a range of views: the unit of provenance.
 
@@ -115,6 +120,19 @@ class PassEntry(Strict):
         """Numbers of the views it covers."""
         return range(self.first_view, self.last_view + 1)
 
+    def has_own_geometry(self, size: str) -> bool:
+        """Whether its teacher resized and cropped by itself at a size.
+
+        Its grids then do not lie on the boxes of the views.
+        """
+        taken = self.provenance.get("preprocess", {}).get(size, {})
+        return any(spec.get("own") is not None for spec in taken.values())
+
+    def pads(self, size: str) -> bool:
+        """Whether boxes are padded at a size: cells of grids on padding are missing."""
+        taken = self.provenance.get("preprocess", {}).get(size, {})
+        return any(spec.get("frame", spec).get("pad", False) for spec in taken.values())
+
     @property
     def flops_per_row(self) -> float:
         """Operations that a row costs in all its views, 0 where they are not known."""
@@ -144,6 +162,12 @@ class BankState(Strict):
     committed_blocks: dict[str, int]
     valid: dict[str, int]
     invalid: dict[str, dict[str, int]]
+    points: dict[str, int] = Field(
+        default_factory=dict, description="points that can be used, by input"
+    )
+    dropped_points: dict[str, int] = Field(
+        default_factory=dict, description="points that were not finite, by input"
+    )
     damaged_shards: dict[str, str] = Field(default_factory=dict)
 
 

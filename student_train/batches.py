@@ -126,11 +126,6 @@ def _joined_shares(targets: Sequence[Target]) -> Tensor | None:
     return torch.cat(shares) if shares else None
 
 
-def _joined_shares(targets: Sequence[Target]) -> Tensor | None:
-    shares = [one.shares for one in targets if one.shares is not None]
-    return torch.cat(shares) if shares else None
-
-
 class BatchMemory:
     """Arrays for batches, used again once nothing looks at them any more.
 

@@ -114,6 +114,7 @@ class InputReader:
                 drawn.flip,
                 sizes[name],
                 self._interpolation[name],
+                drawn.photometric,
             )
         for name, label in self._maps.items():
             found.maps[name] = self._read_map(sample, name, label, drawn, full, sizes)

@@ -9,12 +9,13 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
+from manifests.bank import is_logits
 from manifests.recipe import Interpolation, MapLabel
 from pipeline.bank.open import Bank
 from student_train.errors import TrainingError
 from student_train.inputs import InputReader, Size
 from student_train.order import draw_size
-from student_train.targets import TargetSource, find_output, is_logits
+from student_train.targets import TargetSource, find_output
 
 
 @dataclass(frozen=True)

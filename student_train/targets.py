@@ -215,11 +215,6 @@ _DECODERS: dict[str, Callable[[Encoding, Mapping[str, Tensor]], Tensor]] = {
 }
 
 
-def is_logits(output: str) -> bool:
-    """Returns whether an output's values are logits: ``logits``, ``logits_<part>``."""
-    return output == "logits" or output.startswith("logits_")
-
-
 def find_output(bank: Bank, source: str, student_input: str, where: str) -> str:
     """Returns the path in the bank of what a recipe calls ``<teacher>/<output>``.
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from manifests.bank import is_logits
 from manifests.recipe import (
     DATA,
     LABELS,
@@ -25,7 +26,7 @@ from student_train.errors import TrainingError
 from student_train.inputs import Size, image_input
 from student_train.losses import LossTerm, TargetKind, parse_terms
 from student_train.reading import Reading
-from student_train.targets import find_output, is_logits
+from student_train.targets import find_output
 
 Shape = Literal["vector", "grid", "bev"]
 
@@ -178,6 +179,12 @@ def _output_task(
     shape: Shape = "vector"
     if entry.kind == "grid":
         shape = "grid" if extent is None else "bev"
+        if shape == "grid" and bank.pass_of(path).has_own_geometry(entry.size):
+            raise TrainingError(
+                f"{where}: the grid of {path} comes of the teacher's own resize and "
+                "crop (geometry: teacher) and does not lie on what the student sees; "
+                "take cls, pooled, embed or logits of it, or a bank without it"
+            )
         group = bank.pass_of(path).inputs
         if shape == "grid" and group != (recipe.student.input,):
             raise TrainingError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from manifests.bank import is_logits
 from manifests.recipe import ProbeConfig
 from manifests.teacher import BevExtent
 from pipeline.bank.open import Bank
@@ -28,7 +29,6 @@ from student_train.probes.features import (
     TeacherSource,
 )
 from student_train.probes.models import Role, ScoredTeacher
-from student_train.targets import is_logits
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class Lines:
                 for path in teacher.paths
                 if self._may_score(teacher, path)
                 and self._kind(path) == "grid"
-                and self._extent(path) is None
+                and self._lies_on_views(path)
                 and self._bank.pass_of(path).inputs == (image,)
             ]
         shapes = [
@@ -193,7 +193,7 @@ class Lines:
                     shape = self.outputs[path].row_shape(VALUES)
                     theirs = bev_grid(of_teacher, (shape[0], shape[1]))
                     forms[path] = MetricCells.between(theirs, cells)
-                elif self._may_look(inputs, looks):
+                elif self._lies_on_views(path) and self._may_look(inputs, looks):
                     forms[path] = look(inputs[0])
             lines += self._teacher_lines(
                 teacher,
@@ -202,6 +202,14 @@ class Lines:
                 f"{' or '.join(looks) or 'a camera with calibration'}",
             )
         return lines
+
+    def _lies_on_views(self, path: str) -> bool:
+        """Whether a grid covers the boxes of the views: none of a bird's-eye view, nor
+        of a teacher that resized and cropped by itself.
+        """
+        size = self._bank.output(path).size
+        is_own = self._bank.pass_of(path).has_own_geometry(size)
+        return self._extent(path) is None and not is_own
 
     def _student_line(self, name: str, form: Form | None, reason: str | None) -> Line:
         source = self.students[name]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from manifests.bank import is_logits
 from pipeline.bank.open import Bank
 from teachonce.report import pictures
 from teachonce.report.curves import frame_height
@@ -163,8 +164,16 @@ class _Drawing:
 
     def panel(self, row: ShownRow) -> Panel:
         """Returns all pictures of a row."""
-        groups = [self._seen_by(row, name) for name in row.images]
-        groups += [self._compared(row, one) for one in self.outputs if not one.extent]
+        groups = []
+        flat = [one for one in self.outputs if not one.extent]
+        for name in row.images:
+            on_image = [one for one in flat if one.inputs == (name,)]
+            compared = [one for one in on_image if self._is_predicted(one)]
+            beside = [one for one in on_image if one not in compared]
+            groups.append(self._seen_by(row, name, beside))
+            groups += [self._compared(row, one) for one in compared]
+        elsewhere = [one for one in flat if not self._is_of_an_image(row, one)]
+        groups += [self._compared(row, one) for one in elsewhere]
         groups += [self._tokens(row)]
         groups += [self._above(row, one) for one in self.outputs if one.extent]
         with_map = {name for one in self.outputs if one.extent for name in one.inputs}
@@ -174,8 +183,16 @@ class _Drawing:
         kept = tuple(group for group in groups if group.figures)
         return Panel(row.row, row.key, row.shard, kept, tuple(row.problems))
 
-    def _seen_by(self, row: ShownRow, name: str) -> Group:
-        """Returns an image, and each sweep on it."""
+    def _is_predicted(self, output: ShownOutput) -> bool:
+        return any(output.path in student.predictions for student in self.students)
+
+    def _is_of_an_image(self, row: ShownRow, output: ShownOutput) -> bool:
+        return len(output.inputs) == 1 and output.inputs[0] in row.images
+
+    def _seen_by(
+        self, row: ShownRow, name: str, beside: Sequence[ShownOutput]
+    ) -> Group:
+        """Returns an image, each sweep on it, and teachers' maps of it."""
         size = _shown_size(row, name)
         image_HW3 = row.pixels(name, size)
         figures = [_photo(image_HW3, name, f"{name} of {row.key}")]
@@ -188,6 +205,10 @@ class _Drawing:
             caption = f"{sweep} on {name}: {count:,} points"
             alt = f"{count} points of {sweep} on {name} of {row.key}, by depth"
             figures.append(_photo(drawn, caption, alt))
+        for output in beside:
+            for caption, picture in self._pair(row, output):
+                alt = f"{caption}: {output.path} of {row.key}"
+                figures.append(_map(picture, size, _title(output), alt))
         return Group(f"View 0 of {name}", tuple(figures))
 
     def _compared(self, row: ShownRow, output: ShownOutput) -> Group:
@@ -217,17 +238,20 @@ class _Drawing:
 
     def _pair(self, row: ShownRow, output: ShownOutput) -> list[tuple[str, Picture]]:
         """Returns the teacher's picture and each head's, in the teacher's colours."""
-        basis, teacher_RKC = output.basis, output.grids.get(row.row)
-        if basis is None:
-            return []
+        teacher_RKC = output.grids.get(row.row)
         found = []
         if teacher_RKC is not None:
-            found.append((f"teacher {output.teacher}", basis.colours(teacher_RKC)))
+            drawn = output.colours(teacher_RKC)
+            if drawn is None:
+                return []
+            found.append((f"teacher {output.teacher}", drawn))
         for student in self.students:
             made = student.predictions.get(output.path, {}).get(row.row)
             if made is None:
                 continue
-            picture = basis.colours(made.grid_RKC)
+            picture = output.colours(made.grid_RKC)
+            if picture is None:
+                continue
             caption = f"{student.name}: its head for {output.teacher}"
             if made.seen_RK is not None:
                 picture = pictures.fade(picture, made.seen_RK)
@@ -276,6 +300,8 @@ def _farthest(shown: Sequence[ShownRow]) -> float | None:
 def _title(output: ShownOutput) -> str:
     shape = output.entry.shape
     where = f"{shape[0]} x {shape[1]} cells of {shape[2]} channels"
+    if is_logits(output.entry.name):
+        return f"{output.path}: {where}, in the colour of the largest"
     share = math.nan if output.basis is None else output.basis.share
     shown = f"; the colours hold {share:.0%} of the variance"
     return f"{output.path}: {where}{'' if math.isnan(share) else shown}"

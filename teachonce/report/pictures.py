@@ -81,6 +81,24 @@ class Basis:
         return picture_HW3
 
 
+def class_colours(logits_HWC: npt.NDArray[np.floating]) -> Picture:
+    """Returns (H, W, 3): each cell in the colour of its largest logit.
+
+    Colours go round the circle by the golden ratio: neighbours in number differ. Cells
+    that are not finite are mid-grey.
+    """
+    is_known_HW = _is_finite(logits_HWC)
+    classes_HW = np.where(is_known_HW[..., None], logits_HWC, 0).argmax(-1)
+    hue_HW = classes_HW * 0.6180339887 % 1
+    value_HW = np.where(classes_HW % 2, 0.95, 0.7)
+    sector_HW3 = (hue_HW[..., None] * 6 + np.array([0, 4, 2])) % 6
+    share_HW3 = np.clip(np.abs(sector_HW3 - 3) - 1, 0, 1)
+    rgb_HW3 = value_HW[..., None] * (1 - 0.65 * (1 - share_HW3))
+    picture_HW3: Picture = np.rint(255 * rgb_HW3).astype(np.uint8)
+    picture_HW3[~is_known_HW] = MISSING_COLOUR
+    return picture_HW3
+
+
 def fit_basis(cells_NC: npt.NDArray[np.floating]) -> Basis:
     """Returns the principal components of cells, and the ends of their colours.
 

@@ -72,7 +72,7 @@ class StudentMaps:
     @cached_property
     def basis(self) -> Basis | None:
         """Of the colours of its own tokens; None where there are none."""
-        return basis_of(self.grids)
+        return basis_of(list(self.grids.values()))
 
 
 def map_run(
