@@ -139,7 +139,7 @@ def street_teacher(folder: Path, size: list[int]) -> dict:
         },
         "outputs": {
             "patch": {"from": "encoder[2]"},
-            "logits": {"from": "encoder[3]", "topk": 3},
+            "logits": {"from": "output", "pool": [8, 8], "topk": 3},
         },
     }
 
