@@ -1,6 +1,7 @@
 """Row facts: what decoding a sample tells besides its pixels, one small object a block.
 
-Sizes, point counts, labels, calibration, and per input the reason why it is unusable.
+Sizes, point counts, labels, calibration, times, and per input the reason why it is
+unusable.
 Workers write a Parquet object per block; finalise turns them into row arrays.
 """
 
@@ -25,22 +26,28 @@ class RowFacts:
 
     Attributes:
         sizes: (height, width) of the upright image, by input.
-        points: number of points of the sweep, by input.
+        points: number of points of the sweep that can be used, by input.
+        dropped: number of points of the sweep that cannot, by input.
         reasons: ``code: detail`` of inputs that cannot be used.
         labels: value by label, for those that are there and sound.
         label_reasons: ``code: detail`` of those that are not.
         intrinsics: (3, 3) by input; lidar2cam: (4, 4) by input.
         calibration_reasons: ``code: detail`` where calibration is asked and absent.
+        times: seconds, by input; time_reasons: ``code: detail`` where it is asked and
+            absent.
     """
 
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
     points: dict[str, int] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     labels: dict[str, int | float] = field(default_factory=dict)
     label_reasons: dict[str, str] = field(default_factory=dict)
     intrinsics: dict[str, np.ndarray] = field(default_factory=dict)
     lidar2cam: dict[str, np.ndarray] = field(default_factory=dict)
     calibration_reasons: dict[str, str] = field(default_factory=dict)
+    times: dict[str, float] = field(default_factory=dict)
+    time_reasons: dict[str, str] = field(default_factory=dict)
 
 
 def object_path(pass_id: str, block: int) -> str:
@@ -63,7 +70,10 @@ def _columns(
                     (f"{name}.calibration_reason", pa.string()),
                 ]
         else:
-            columns.append((f"{name}.points", pa.int32()))
+            columns += [(f"{name}.points", pa.int32()), (f"{name}.dropped", pa.int32())]
+        if entry.config.get("timestamp"):
+            columns.append((f"{name}.time", pa.float64()))
+            columns.append((f"{name}.time_reason", pa.string()))
         columns.append((f"{name}.reason", pa.string()))
     for name, config in labels.items():
         is_class = config.get("num_classes") is not None
@@ -102,6 +112,10 @@ def encode_rows(
                     values[f"{name}.calibration_reason"].append(_cut(reason))
             else:
                 values[f"{name}.points"].append(row.points.get(name))
+                values[f"{name}.dropped"].append(row.dropped.get(name))
+            if entry.config.get("timestamp"):
+                values[f"{name}.time"].append(row.times.get(name))
+                values[f"{name}.time_reason"].append(_cut(row.time_reasons.get(name)))
         for name in labels:
             values[f"label.{name}"].append(row.labels.get(name))
             values[f"label.{name}.reason"].append(_cut(row.label_reasons.get(name)))

@@ -1,4 +1,4 @@
-"""Calibration: from points of a sweep to pixels of an image, also within a view.
+"""Calibration: from points of a sweep to pixels of an image, also within a view; times.
 
 Pixel coordinates are continuous: an image of width W spans [0, W), the first pixel is
 [0, 1) and its centre 0.5, as for boxes and for resizing. Intrinsics are taken in these
@@ -18,6 +18,9 @@ import numpy as np
 from pipeline.samples.errors import SampleError
 from pipeline.samples.labels import lookup
 from pipeline.samples.views import Box, View
+
+MAX_TIME_S = 1e11
+"""No time in seconds is so large; milli- and nanoseconds since 1970 are."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,24 @@ def parse_calibration(metadata: object, path: str) -> Calibration:
     return Calibration(intrinsics, lidar2cam)
 
 
+def parse_time(metadata: object, path: str) -> float:
+    """Returns the time in seconds at a dotted path of a sample's metadata.
+
+    Raises:
+        SampleError: ``missing``, ``not_a_number`` or ``out_of_range`` (not finite, or
+            not seconds).
+    """
+    value = lookup(metadata, path)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SampleError("not_a_number", f"{repr(value)[:80]} is no time")
+    # Not an int as a float, which may be too large for one.
+    if not -MAX_TIME_S < value < MAX_TIME_S:
+        raise SampleError(
+            "out_of_range", f"a time of {repr(value)[:80]} s; it must be in seconds"
+        )
+    return float(value)
+
+
 def project(
     points_xyz: np.ndarray, calibration: Calibration
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +95,10 @@ def project(
     depth_N = camera_N3[:, 2]
     uvw_N3 = camera_N3 @ calibration.intrinsics.T
     uv_N2 = np.full((len(xyz_N3), 2), np.nan)
-    np.divide(uvw_N3[:, :2], depth_N[:, None], out=uv_N2, where=(depth_N > 0)[:, None])
+    # A point on the camera's plane may fall infinitely far outside.
+    with np.errstate(over="ignore"):
+        is_front_N1 = (depth_N > 0)[:, None]
+        np.divide(uvw_N3[:, :2], depth_N[:, None], out=uv_N2, where=is_front_N1)
     return uv_N2, depth_N
 
 

@@ -1,5 +1,7 @@
 """LiDAR sweeps: bytes to points, and points in a view.
 
+Owns what makes a sweep usable, whatever its format; `point_formats` reads the files.
+
 Shape suffixes: N points, C columns.
 """
 
@@ -13,6 +15,10 @@ import numpy as np
 
 from manifests.inputs import PointsInput
 from pipeline.samples.errors import SampleError
+from pipeline.samples.members import find_member, members_of
+from pipeline.samples.point_columns import Columns, check_bounds
+from pipeline.samples.point_formats import find_reader
+from pipeline.samples.shards import Sample
 from pipeline.samples.views import View
 
 
@@ -44,39 +50,74 @@ MIN_COORDINATE_M = 1e-6
 """No sensor resolves less; most coordinates below it are a wrong byte order or text."""
 
 
-def decode_points(
-    data: bytes, columns: Sequence[str], intensity_max: float
-) -> np.ndarray:
+def read_sweep(sample: Sample, config: PointsInput) -> Sweep:
+    """Returns the sweep of a sample as its input declares it.
+
+    Raises:
+        SampleError: there is no such member, or as `decode_sweep`.
+    """
+    names = members_of(config)
+    data = find_member(sample, names)
+    member = next(name for name in names if name in sample.members)
+    return decode_sweep(data, config, member)
+
+
+def decode_sweep(data: bytes, config: PointsInput, member: str | None = None) -> Sweep:
     """Returns the points of a sweep, without those that have a non-finite value.
 
     Args:
-        data: little-endian float32, row after row.
-        columns: what each float32 of a row is; holds x, y, z in metres.
-        intensity_max: full scale; the column ``intensity`` is divided by it.
-
-    Returns:
-        float32 array (N, C), N at least 1; a new, writable array.
+        data: bytes of the member.
+        config: format, columns and full intensity.
+        member: the member's extension, where it tells the format; omitted: the first
+            that the input may have.
 
     Raises:
-        SampleError: ``empty``, ``bad_size`` (no whole number of rows), ``not_finite``
-            (not one finite point) or ``out_of_range`` (a coordinate beyond 10 km, or
-            more than half of those that are not 0 below a micrometre: bytes swapped,
-            another data type or other columns).
+        SampleError: ``empty``, ``not_finite`` (not one finite point), ``bad_type``,
+            ``bad_size``, ``out_of_range`` (a coordinate beyond 10 km, or more than half
+            of those that are not 0 below a micrometre: bytes swapped, another data type
+            or other columns), or what the format's reader says.
+        ManifestError: there is no such format.
     """
+    reader = find_reader(config, member or members_of(config)[0])
     if not data:
         raise SampleError("empty", "the sweep has 0 bytes")
-    row_bytes = 4 * len(columns)
-    if len(data) % row_bytes:
-        raise SampleError(
-            "bad_size",
-            f"{len(data)} bytes are no multiple of {row_bytes} "
-            f"({len(columns)} float32 columns)",
-        )
-    points_NC = np.frombuffer(data, "<f4").reshape(-1, len(columns))
-    points_NC = points_NC[np.isfinite(points_NC).all(axis=1)]
+    stored_NC = _as_matrix(reader(data, config.columns), config)
+    is_finite_N = np.isfinite(stored_NC).all(axis=1)
+    stored = None if is_finite_N.all() else np.flatnonzero(is_finite_N)
+    points_NC = stored_NC if stored is None else stored_NC[stored]
     if not len(points_NC):
         raise SampleError("not_finite", "the sweep has no finite point")
-    coordinates_N3 = np.abs(points_NC[:, _xyz(columns)])
+    _check_range(np.abs(points_NC[:, _xyz(config.columns)]))
+    num_dropped = len(stored_NC) - len(points_NC)
+    return Sweep(points_NC, config.columns, stored, num_dropped)
+
+
+def _as_matrix(found: Columns, config: PointsInput) -> np.ndarray:
+    """Returns a new float32 (N, C) of the columns in order, intensity scaled."""
+    columns = config.columns
+    lengths = {name: found[name].shape for name in columns}
+    for name, shape in lengths.items():
+        kind = found[name].dtype
+        if kind.kind not in "fiu" or len(shape) != 1:
+            raise SampleError("bad_type", f"column {name!r} is {kind} of shape {shape}")
+    if len(set(lengths.values())) > 1:
+        raise SampleError("bad_size", f"columns differ in length: {lengths}")
+    num_points = len(found[columns[0]])
+    if not num_points:
+        raise SampleError("empty", "the sweep has 0 points")
+    check_bounds(num_points, 0)
+    matrix_NC = np.empty((num_points, len(columns)), np.float32)
+    # What float32 cannot hold becomes infinite, and is dropped and counted.
+    with np.errstate(all="ignore"):
+        for number, name in enumerate(columns):
+            matrix_NC[:, number] = found[name]
+        if "intensity" in columns:
+            column = columns.index("intensity")
+            matrix_NC[:, column] /= np.float32(config.intensity_max)
+    return matrix_NC
+
+
+def _check_range(coordinates_N3: np.ndarray) -> None:
     largest = float(coordinates_N3.max())
     if largest > MAX_RANGE_M:
         raise SampleError(
@@ -93,20 +134,6 @@ def decode_points(
             f"{MIN_COORDINATE_M:g} m; "
             "check byte order, data type and columns",
         )
-    result_NC: np.ndarray = points_NC.astype(np.float32)
-    if "intensity" in columns:
-        result_NC[:, list(columns).index("intensity")] /= np.float32(intensity_max)
-    return result_NC
-
-
-def decode_sweep(data: bytes, config: PointsInput) -> Sweep:
-    """Returns the points of a sweep as its input declares them.
-
-    Raises:
-        SampleError: as `decode_points`.
-    """
-    points = decode_points(data, config.columns, config.intensity_max)
-    return Sweep(points, config.columns)
 
 
 def points_in_view(
