@@ -1,0 +1,1 @@
+"""PointPillars: voxelisation, network, presets, and the layouts of published files."""
