@@ -1,13 +1,8 @@
 """Teachers from open_clip: the image towers of contrastive models.
 
-Owns how a tower is found, built without the text tower and tapped. ``weights:`` is one
-of the model's tags, a file of the whole model or of its tower, or random.
-
-Outputs: ``embed`` (after the projection, not normalised) and ``pooled`` (before it);
-and where the tower has them ``cls``, ``patch`` and ``layer<k>`` (block k, from 0),
-``post`` (after the tower's final norm, the default) or ``pre``.
-
-Shape suffixes: B batch, N tokens, H and W grid, C channels.
+Owns how a tower is found and built without the text tower; `teachers.open_clip_taps`
+has its outputs. ``weights:`` is one of the model's tags, a file of the whole model or
+of its tower, or random.
 """
 
 from __future__ import annotations
@@ -22,7 +17,6 @@ import timm
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import _build_vision_tower, resize_pos_embed
-from open_clip.modified_resnet import ModifiedResNet
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg
@@ -33,28 +27,27 @@ from manifests.suggestions import close_matches
 from teachers.cost import building_on
 from teachers.errors import TeacherError
 from teachers.image_teacher import ImageTeacher, Pixels
+from teachers.inputs.image import ImageSpec
+from teachers.inputs.own_transform import OPEN_CLIP, tell_transform
 from teachers.interface import Size, TeacherRequest, WeightsRecord
-from teachers.timm_family import layer_names as timm_layer_names
-from teachers.timm_family import patch_of as timm_patch_of
-from teachers.timm_family import stride_of as timm_stride_of
-from teachers.timm_family import tap_with_features as tap_timm
-from teachers.torch_teacher import (
-    Tap,
-    channels_last,
-    freeze,
-    recording,
-    seeded,
+from teachers.open_clip_taps import (
+    layer_names,
+    patch_of,
+    split_projection,
+    stride_of,
+    tap,
 )
+from teachers.torch_teacher import Tap, freeze, seeded
 from teachers.weights import (
     find_on_hub,
     load_strict,
     local_path,
+    map_keys,
     parse_wanted,
     read_state_dict,
 )
 
 _TOWER = "visual."
-_RESNET_STRIDE = 32
 
 
 def find_model(name: str) -> dict[str, Any]:
@@ -82,7 +75,7 @@ def find_weights(request: TeacherRequest) -> WeightsRecord:
     """
     name = request.config.model_name
     find_model(name)
-    config = _tag_config(request)
+    config = tag_config(request)
     if config is None:
         raise TeacherError(
             f"teachers.{request.name}.weights must be given: "
@@ -98,10 +91,44 @@ def find_weights(request: TeacherRequest) -> WeightsRecord:
     if filename:
         stem = filename.rpartition(".")[0]
         filenames = list(dict.fromkeys([f"{stem}.safetensors", filename]))
-    return find_on_hub(request, repo, filenames)
+    return find_on_hub(request, repo, filenames, _staging_note(name, config))
 
 
-def _tag_config(request: TeacherRequest) -> dict[str, Any] | None:
+def _staging_note(name: str, tag: Mapping[str, Any]) -> str:
+    """Returns what a job must say beside a file, which does not say its tag."""
+    config = find_model(name)
+    notes = []
+    if has_quick_gelu(config, tag) != has_quick_gelu(config, None):
+        notes.append(f"model: open_clip:{name}-quickgelu")
+    own, first = preprocess_of(tag), _preprocesses(name)[0]
+    if (own.mean, own.std) != (first.mean, first.std) or not _agree_on_colour(name):
+        notes.append(f"preprocess: {{mean: {list(own.mean)}, std: {list(own.std)}}}")
+    if own.resize_mode != first.resize_mode:
+        notes.append(f"preprocess: {{fit: {_fit_of(own)}}}")
+    return f"with the file also write {' and '.join(notes)}" if notes else ""
+
+
+def has_quick_gelu(config: Mapping[str, Any], tag: Mapping[str, Any] | None) -> bool:
+    """Whether a model's towers, with these weights, use OpenAI's approximate GELU."""
+    return bool(config.get("quick_gelu") or (tag or {}).get("quick_gelu"))
+
+
+def _preprocesses(name: str) -> list[PreprocessCfg]:
+    """Returns the preprocessing of every tag of a model; the default without any."""
+    tags = list_pretrained_tags_by_model(name)
+    found = [preprocess_of(get_pretrained_cfg(name, tag)) for tag in tags]
+    return found or [PreprocessCfg()]
+
+
+def _agree_on_colour(name: str) -> bool:
+    return len({(item.mean, item.std) for item in _preprocesses(name)}) == 1
+
+
+def _fit_of(preprocess: PreprocessCfg) -> str:
+    return "squash" if preprocess.resize_mode == "squash" else "tokens"
+
+
+def tag_config(request: TeacherRequest) -> dict[str, Any] | None:
     """Returns open_clip's record of the tag that the job names, None without one."""
     tag = parse_wanted(request).tag
     if tag is None:
@@ -139,21 +166,20 @@ class OpenClipTeacher(ImageTeacher):
         self._weights = weights
         self._name = request.config.model_name
         self._config = find_model(self._name)
-        tag = _tag_config(request)
-        self._quick_gelu = bool(
-            self._config.get("quick_gelu", False)
-            or (tag or {}).get("quick_gelu", False)
-        )
-        preprocess = self._find_preprocess(tag)
+        tag = tag_config(request)
+        self._quick_gelu = has_quick_gelu(self._config, tag)
+        preprocess = self._preprocess = self._find_preprocess(tag)
         self._native = native_size(self._config)
         probe = self._tower(self._native, "meta")
         self._pixels = Pixels(preprocess.interpolation, preprocess.mean, preprocess.std)
-        own_fit = "squash" if preprocess.resize_mode == "squash" else "tokens"
-        self._choose_sizes(self._native, stride_of(probe), patch_of(probe), own_fit)
-        repo = (tag or {}).get("hf_hub", "").rpartition("/")[0]
+        self._choose_sizes(
+            self._native, stride_of(probe), patch_of(probe), _fit_of(preprocess)
+        )
+        self._check_classifiers()
         self.facts = self._make_facts(
             probe,
-            source=f"https://huggingface.co/{repo}" if repo else None,
+            license=None if tag is None else license_of(self._name, tag),
+            source=None if tag is None else source_of(tag),
             versions={"open_clip": open_clip.__version__, "timm": timm.__version__},
         )
 
@@ -161,22 +187,48 @@ class OpenClipTeacher(ImageTeacher):
         """Returns the tag's preprocessing; without one, what all tags agree on."""
         if tag is not None:
             return preprocess_of(tag)
-        tags = list_pretrained_tags_by_model(self._name)
-        found = [preprocess_of(get_pretrained_cfg(self._name, item)) for item in tags]
         given = self.request.config.preprocess
-        kinds = {(item.mean, item.std) for item in found}
         is_given = given.mean is not None and given.std is not None
-        if len(kinds) > 1 and not is_given and self._weights.kind == "file":
+        is_file = self._weights.kind == "file"
+        if is_file and not is_given and not _agree_on_colour(self._name):
             raise TeacherError(
                 f"{self.where}.preprocess must give mean and std: the tags of "
                 f"{self._name} differ in them and the file does not say"
             )
-        return found[0] if found else PreprocessCfg()
+        return _preprocesses(self._name)[0]
+
+    def _check_classifiers(self) -> None:
+        """Raises TeacherError where a classifier is of other weights than the tag's."""
+        if self._weights.kind != "pretrained" or not self._weights.sha256:
+            return
+        for name, one in self._classifiers.items():
+            if one.weights_sha256 != self._weights.sha256:
+                raise TeacherError(
+                    f"{self.where}.outputs.{name}.classifier must be made by the "
+                    f"weights of this teacher, {self._weights.sha256[:12]}, got one of "
+                    f"{one.weights_sha256[:12] or 'random weights'} ({one.model}); "
+                    f"make it with `teachonce teachers {self.request.config.model} "
+                    f"--weights {self.request.config.weights} --classes ...`"
+                )
 
     def _tap(
         self, model: nn.Module, image_BCHW: Tensor, wanted: Mapping[str, str | None]
     ) -> dict[str, Tap]:
         return tap(model, image_BCHW, wanted, self.where)
+
+    def _own_transform(self, spec: ImageSpec) -> str:
+        return tell_transform(
+            OPEN_CLIP,
+            {
+                "image_size": (spec.height, spec.width),
+                "is_train": False,
+                "mean": spec.mean,
+                "std": spec.std,
+                "resize_mode": self._preprocess.resize_mode,
+                "interpolation": spec.interpolation,
+                "fill_color": self._preprocess.fill_color,
+            },
+        )
 
     def _blueprint(self, size: Size | None, device: str) -> nn.Module:
         assert size is not None, "an image has a size"
@@ -195,6 +247,7 @@ class OpenClipTeacher(ImageTeacher):
         if self._weights.kind != "random":
             with local_path(self.request, self._weights) as path:
                 state = read_state_dict(path, self._weights.url)
+            state = map_keys(state, self.request.config.keys, self.where)
             load_strict(tower, tower_state(tower, state), self._weights.url)
         if size == self._native:
             return split_projection(tower)
@@ -253,14 +306,6 @@ def build_tower(
     return tower
 
 
-def split_projection(tower: nn.Module) -> nn.Module:
-    """Lets a transformer stop before its projection, kept as ``projection``."""
-    if isinstance(tower, VisionTransformer):
-        projection, tower.proj = tower.proj, None
-        tower.register_parameter("projection", projection)
-    return tower
-
-
 def tower_state(tower: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tower's part of a state dict, its position embedding resized."""
     state = convert_state_dict(SimpleNamespace(visual=tower), state)
@@ -270,160 +315,6 @@ def tower_state(tower: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]
         state = {f"{_TOWER}{key}": item for key, item in state.items()}
     resize_pos_embed(state, SimpleNamespace(visual=tower))
     return {key[len(_TOWER) :]: item for key, item in state.items()}
-
-
-def stride_of(tower: nn.Module) -> int:
-    """Returns the pixels of one cell of the tower's grid."""
-    if isinstance(tower, VisionTransformer):
-        return int(max(tower.patch_size))
-    return (
-        timm_stride_of(tower.trunk) if isinstance(tower, TimmModel) else _RESNET_STRIDE
-    )
-
-
-def patch_of(tower: nn.Module) -> Size:
-    """Returns the (height, width) in pixels that the tower cuts its input into."""
-    if isinstance(tower, VisionTransformer):
-        return tower.patch_size[0], tower.patch_size[1]
-    return timm_patch_of(tower.trunk) if isinstance(tower, TimmModel) else (1, 1)
-
-
-def layer_names(tower: nn.Module) -> list[str]:
-    """Returns the names of the tower's layers."""
-    if isinstance(tower, VisionTransformer):
-        return [f"layer{k}" for k in range(len(tower.transformer.resblocks))]
-    if isinstance(tower, TimmModel):
-        return [name for name in timm_layer_names(tower.trunk) if "layer" in name]
-    return []
-
-
-def tap(
-    tower: nn.Module, image_BCHW: Tensor, wanted: Mapping[str, str | None], where: str
-) -> dict[str, Tap]:
-    """Runs a tower once and returns outputs of it.
-
-    Args:
-        tower: in eval mode, after `split_projection`.
-        image_BCHW: normalised.
-        wanted: norm (``post``, ``pre`` or None for the default) by output name.
-        where: the teacher's entry in the job, for messages.
-
-    Returns:
-        Vectors (B, C) and grids (B, H, W, C).
-
-    Raises:
-        TeacherError: the tower has no such output.
-    """
-    for name in ("embed", "pooled"):
-        if wanted.get(name) is not None:
-            raise TeacherError(
-                f"{where}.outputs.{name}.norm has no effect; leave it out"
-            )
-    if isinstance(tower, VisionTransformer):
-        return _tap_transformer(tower, image_BCHW, wanted, where)
-    if isinstance(tower, TimmModel):
-        return _tap_trunk(tower, image_BCHW, wanted, where)
-    if isinstance(tower, ModifiedResNet):
-        return _tap_resnet(tower, image_BCHW, wanted, where)
-    raise TeacherError(
-        f"{where}.model has a {type(tower).__name__}, which is not known"
-    )
-
-
-def _refuse(where: str, name: str, has: list[str]) -> TeacherError:
-    shown = has if len(has) < 8 else [*has[:4], "...", has[-1]]
-    return TeacherError(
-        f"{where}.outputs.{name} is not in this tower, which has {', '.join(shown)}"
-    )
-
-
-def _tap_transformer(
-    tower: VisionTransformer,
-    image_BCHW: Tensor,
-    wanted: Mapping[str, str | None],
-    where: str,
-) -> dict[str, Tap]:
-    layers = layer_names(tower)
-    paths = {
-        name: f"transformer.resblocks.{layers.index(name)}"
-        for name in wanted
-        if name in layers
-    }
-    with recording(tower, outputs=["transformer", *paths.values()]) as seen:
-        pooled = tower(image_BCHW)
-    projection = tower.projection
-    num_rows = image_BCHW.shape[2] // tower.patch_size[0]
-    num_columns = image_BCHW.shape[3] // tower.patch_size[1]
-    taps = {}
-    for name, norm in wanted.items():
-        if name == "pooled":
-            taps[name] = Tap(pooled, None, "before proj")
-            continue
-        if name == "embed":
-            embed = pooled if projection is None else pooled @ projection
-            taps[name] = Tap(embed, None, "after proj")
-            continue
-        if name not in ("cls", "patch", *layers):
-            raise _refuse(where, name, ["embed", "pooled", "cls", "patch", *layers])
-        tokens_BNC = seen(paths.get(name, "transformer"), False)[-1]
-        if name in layers and not tower.transformer.batch_first:
-            tokens_BNC = tokens_BNC.transpose(0, 1)
-        # CoCa's norm follows its attention pooling and is not one of tokens.
-        if tower.attn_pool is not None:
-            if norm == "post":
-                raise TeacherError(f"{where}.outputs.{name}.norm must be pre: CoCa")
-            norm = "pre"
-        if name == "cls":
-            found = tokens_BNC[:, 0]
-        else:
-            found = tokens_BNC[:, 1:].reshape(
-                len(image_BCHW), num_rows, num_columns, -1
-            )
-        norm = norm or "post"
-        source = name if name in layers else "transformer"
-        taps[name] = Tap(
-            tower.ln_post(found) if norm == "post" else found,
-            norm,
-            f"{source}, ln_post" if norm == "post" else source,
-        )
-    return taps
-
-
-def _tap_trunk(
-    tower: TimmModel,
-    image_BCHW: Tensor,
-    wanted: Mapping[str, str | None],
-    where: str,
-) -> dict[str, Tap]:
-    """The trunk is a timm model; its classifier or a head after it projects."""
-    names = {name: norm for name, norm in wanted.items() if name != "embed"}
-    taps, features = tap_timm(tower.trunk, image_BCHW, names, where)
-    if "embed" in wanted:
-        embed = tower.head(tower.trunk.forward_head(features))
-        taps["embed"] = Tap(embed, None, "after the projection")
-    return taps
-
-
-def _tap_resnet(
-    tower: ModifiedResNet,
-    image_BCHW: Tensor,
-    wanted: Mapping[str, str | None],
-    where: str,
-) -> dict[str, Tap]:
-    with recording(tower, outputs=["layer4"]) as seen:
-        embed = tower(image_BCHW)
-    found = {
-        "embed": Tap(embed, None, "attnpool"),
-        "patch": Tap(channels_last(seen("layer4", False)[-1]), None, "layer4"),
-    }
-    for name, norm in wanted.items():
-        if name not in found:
-            raise _refuse(where, name, list(found))
-        if norm is not None:
-            raise TeacherError(
-                f"{where}.outputs.{name}.norm has no effect; leave it out"
-            )
-    return {name: found[name] for name in wanted}
 
 
 def describe(name: str, base: str) -> dict[str, Any]:
@@ -438,16 +329,68 @@ def describe(name: str, base: str) -> dict[str, Any]:
     with building_on("meta"):
         built = build_tower(config, size, size, bool(config.get("quick_gelu", False)))
         tower = freeze(split_projection(built))
-    image = torch.zeros(1, 3, *size, device="meta")
-    shapes: dict[str, list[int]] = {}
-    for output in ("embed", "pooled", "cls", "patch", *layer_names(tower)):
-        with contextlib.suppress(TeacherError), torch.inference_mode():
-            found = tap(tower, image, {output: None}, "model")[output]
-            shapes[output] = list(found.tensor.shape[1:])
     return {
         "native_size": list(size),
         "stride": stride_of(tower),
-        "outputs": shapes,
+        "outputs": _describe_outputs(tower, size),
         "num_parameters": sum(item.numel() for item in tower.parameters()),
-        "tags": list_pretrained_tags_by_model(name),
+        "tags": {
+            tag: _describe_tag(name, get_pretrained_cfg(name, tag))
+            for tag in list_pretrained_tags_by_model(name)
+        },
     }
+
+
+def _describe_outputs(tower: nn.Module, size: Size) -> dict[str, list[int]]:
+    """Returns the shape of a row by name of every output that a tower on meta has."""
+    shapes: dict[str, list[int]] = {}
+    image = torch.zeros(1, 3, *size, device="meta")
+    for names in (["embed"], ["pooled"], ["cls"], ["patch"], layer_names(tower)):
+        with contextlib.suppress(TeacherError), torch.inference_mode():
+            found = tap(tower, image, dict.fromkeys(names), "model")
+            shapes |= {it: list(found[it].tensor.shape[1:]) for it in names}
+    return shapes
+
+
+def _describe_tag(name: str, tag: Mapping[str, Any]) -> dict[str, Any]:
+    preprocess = preprocess_of(tag)
+    return {
+        "license": license_of(name, tag),
+        "source": source_of(tag),
+        "fit": _fit_of(preprocess),
+        "interpolation": preprocess.interpolation,
+        "mean": list(preprocess.mean),
+        "std": list(preprocess.std),
+        "quick_gelu": has_quick_gelu(find_model(name), tag),
+    }
+
+
+def source_of(tag: Mapping[str, Any]) -> str | None:
+    """Returns the page of a tag's weights."""
+    repo = tag.get("hf_hub", "").rpartition("/")[0]
+    return f"https://huggingface.co/{repo}" if repo else tag.get("url") or None
+
+
+def license_of(name: str, tag: Mapping[str, Any]) -> str:
+    """Returns the licence of a tag's weights, or where to look for it.
+
+    open_clip records none. timm does, for the weights it keeps on the hub: the same
+    repository's; or, where the tower is one of timm's architectures, that of all its
+    weights if they have one in common.
+    """
+    unknown = f"unknown: see {source_of(tag)}"
+    organisation, _, stem = tag.get("hf_hub", "").rpartition("/")[0].partition("/")
+    if organisation != "timm":
+        return unknown
+    architecture = timm.models.split_model_name_tag(stem)[0]
+    tower = find_model(name)["vision_cfg"].get("timm_model_name", "")
+    if timm.models.is_model(architecture):
+        known = timm.models.get_arch_pretrained_cfgs(architecture)
+        same = [stem] if stem in known else []
+    else:
+        same = []
+    if not same and timm.models.is_model(tower):
+        same = list(timm.models.get_arch_pretrained_cfgs(tower))
+    configs = [timm.models.get_pretrained_cfg(one) for one in same]
+    found = {None if one is None else one.license for one in configs}
+    return (found.pop() or unknown) if len(found) == 1 else unknown

@@ -1,33 +1,24 @@
 """Teachers from timm: any of its models that gives features.
 
-Owns how a timm model is found, built at a size and tapped. Nothing is decided by a
-model's name: sizes by trying on the meta device, outputs by what the model says of
-itself (``feature_info``, ``forward_intermediates``, its norms, its class token).
+Owns how a timm model is found and built at a size, and how its weights are loaded;
+`teachers.timm_taps` owns its outputs. Nothing is decided by a model's name: sizes are
+found by trying on the meta device.
 
-Outputs, with ``features = model.forward_features(image)``:
-
-* ``pooled``: ``forward_head(features, pre_logits=True)``; ``logits``: ``forward_head``.
-* ``patch``: the last grid without prefix tokens (class, registers). ``post`` is after
-  the final norm; where a model norms only what it has pooled (``fc_norm``, or the norm
-  of a ConvNeXt head) that norm is applied to each cell, as DINOv3 does. ``pre`` is the
-  last block's or stage's map.
-* ``cls``: the class token, likewise; there is none where there is no class token.
-* ``layer<k>``: block k (from 0) of a model whose blocks all have one grid.
-* ``level<k>``: stage k (from 0) of a model with several, always ``pre``.
-
-Shape suffixes: B batch, N tokens, H and W grid, C channels.
+A file is read in whichever layout timm knows: its own, and the authors' of DINOv2,
+DINOv3, EUPE, CLIP, SigLIP, EVA, PE, SAM, MAE, C-RADIO and others. Of other layouts
+``keys:`` of the job makes one of these.
 """
 
 from __future__ import annotations
 
-import contextlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import timm
 import timm.models
 import torch
-from timm.layers.classifier import NormMlpClassifierHead
+from timm.data import resolve_data_config
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
@@ -35,28 +26,39 @@ from manifests.suggestions import close_matches
 from teachers.cost import building_on
 from teachers.errors import TeacherError
 from teachers.image_teacher import ImageTeacher, Pixels
+from teachers.inputs.image import ImageSpec
+from teachers.inputs.own_transform import TIMM, tell_transform
 from teachers.interface import (
     Size,
     TeacherRequest,
     WeightsRecord,
 )
-from teachers.torch_teacher import (
-    Tap,
-    channels_last,
-    freeze,
-    recording,
-    seeded,
+from teachers.key_maps import map_keys
+from teachers.timm_taps import (
+    describe_taps,
+    find_final_norm,
+    num_prefix_tokens,
+    patch_of,
+    stride_of,
+    tap,
 )
+from teachers.timm_weights import (
+    check_no_biases,
+    dinov3_biases,
+    has_attention_biases,
+    recording_missing,
+)
+from teachers.torch_teacher import Tap, freeze, seeded
 from teachers.weights import (
     explain_mismatch,
     find_on_hub,
     local_path,
     parse_wanted,
+    read_state_dict,
 )
 
 _RESERVED_ARGS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "img_size")
 _BIN_NAME = "pytorch_model.bin"
-_DEFAULT_STRIDE = 32
 
 
 def find_config(model: str) -> PretrainedCfg:
@@ -95,6 +97,25 @@ def _tags(architecture: str | None) -> list[str]:
     return [tag for name in names if (tag := name.partition(".")[2])]
 
 
+def check_activation(config: PretrainedCfg, where: str) -> None:
+    """Checks that a model has the activation that its weights were trained with.
+
+    timm loads OpenAI's, MetaCLIP's and DFN's weights into GELU models too, and says in
+    a note that QuickGELU gives the original's results.
+
+    Raises:
+        TeacherError: it has not; with the name of the one that has.
+    """
+    architecture = config.architecture or ""
+    twin = architecture.replace("_clip_", "_clip_quickgelu_")
+    is_noted = any("QuickGELU" in note for note in config.notes or ())
+    if is_noted and "quickgelu" not in architecture and timm.models.is_model(twin):
+        raise TeacherError(
+            f"{where}.model must have the activation of its weights, QuickGELU, got "
+            f"{architecture}.{config.tag}; write model: timm:{twin}.{config.tag}"
+        )
+
+
 def find_weights(request: TeacherRequest) -> WeightsRecord:
     """Returns the record of timm's own weights, from the hub's cache or the network.
 
@@ -106,8 +127,9 @@ def find_weights(request: TeacherRequest) -> WeightsRecord:
         raise TeacherError(
             f"teachers.{request.name}.weights must be a path, a URL or `random`, got "
             f"{tag!r}; a tag is part of timm's name: "
-            f"model: timm:{config.architecture}.{tag}"
+            f"model: {request.config.family}:{config.architecture}.{tag}"
         )
+    check_activation(config, f"teachers.{request.name}")
     num_classes = request.config.args.get("num_classes", config.num_classes)
     if num_classes != config.num_classes:
         raise TeacherError(
@@ -149,14 +171,22 @@ class TimmTeacher(ImageTeacher):
             )
         self._name = request.config.model_name
         self._weights = weights
-        self._config = find_config(self._name)
+        self._config = self._find_config()
+        if weights.kind != "random":
+            check_activation(self._config, self.where)
         self._variants: dict[Size, dict[str, Any]] = {}
         probe = self._create_empty("meta", {})
         self._native: Size = native_size(self._config)
         self._pixels = Pixels(
             self._config.interpolation, self._config.mean, self._config.std
         )
-        self._choose_sizes(self._native, stride_of(probe), patch_of(probe))
+        patch = patch_of(probe)
+        # SigLIP's 384 is no multiple of its 14: what it drops there is not given to it.
+        whole = (
+            self._native[0] // patch[0] * patch[0],
+            self._native[1] // patch[1] * patch[1],
+        )
+        self._choose_sizes(whole, stride_of(probe), patch)
         hub = self._config.hf_hub_id
         self.facts = self._make_facts(
             probe,
@@ -171,6 +201,16 @@ class TimmTeacher(ImageTeacher):
     ) -> dict[str, Tap]:
         return tap(model, image_BCHW, wanted, self.where)
 
+    def _own_transform(self, spec: ImageSpec) -> str:
+        given = {
+            "input_size": (3, spec.height, spec.width),
+            "interpolation": spec.interpolation,
+            "mean": spec.mean,
+            "std": spec.std,
+        }
+        own = self._config.to_dict()
+        return tell_transform(TIMM, resolve_data_config(given, pretrained_cfg=own))
+
     def _blueprint(self, size: Size | None, device: str) -> nn.Module:
         assert size is not None, "an image has a size"
         if size not in self._variants:
@@ -183,22 +223,66 @@ class TimmTeacher(ImageTeacher):
         Some models take any size as they are; others need ``img_size``, which the
         former may not accept. Neither says so, hence the trial.
         """
-        variants: list[dict[str, Any]] = [{}]
-        if size != self._native:
-            variants.append({"img_size": size})
         failure: Exception | None = None
-        for variant in variants:
+        for variant in self._variants_to_try(size):
             try:
                 model: Any = freeze(self._create_empty(device, variant))
+                image = self.inputs(size)[self._input.name].blank(device)
                 with torch.inference_mode():
-                    model.forward_features(torch.zeros(1, 3, *size, device=device))
+                    model.forward_features(image)
+                if variant and device == "meta":
+                    self._check_resizing(size, variant)
                 return variant
+            except TeacherError:
+                raise
             # What a model raises at a size it does not take is not agreed upon; the
             # constructor's complaint of an unknown img_size is not the one to show.
             except Exception as error:
                 failure = failure or error
         assert failure is not None
         raise failure
+
+    def _variants_to_try(self, size: Size) -> list[dict[str, Any]]:
+        """Returns constructor arguments that may make the model run at ``size``."""
+        return [{}] if size == self._native else [{}, {"img_size": size}]
+
+    def _find_config(self) -> PretrainedCfg:
+        """Returns the record of the model: timm's own."""
+        return find_config(self._name)
+
+    def _check_resizing(self, size: Size, variant: dict[str, Any]) -> None:
+        """Checks now what loading would find out: that weights of one size fit another.
+
+        Raises:
+            TeacherError: timm does not resize what the model has per position.
+        """
+        with building_on("meta"), seeded(0):
+            overlay = {**self._overlay, **self._source_of(self._create({}))}
+            try:
+                self._create(variant, pretrained=True, pretrained_cfg_overlay=overlay)
+            except RuntimeError as error:
+                names = re.findall(r"size mismatch for ([^:]+):", str(error))
+                if names:
+                    raise TeacherError(
+                        f"{self.where}.sizes must be the model's own "
+                        f"{list(self._native)}, got {list(size)}: timm does not resize "
+                        f"{names[0]} of {self._name}; leave sizes out and use "
+                        "`preprocess: {fit: squash}` or `pad`"
+                    ) from error
+            # Not every loader can run without data; then loading itself will tell.
+            except Exception:
+                return
+
+    @property
+    def _overlay(self) -> dict[str, Any]:
+        # With num_classes as the model has it, timm loads strictly and keeps the head.
+        classes = self.request.config.args.get("num_classes", self._config.num_classes)
+        return {"num_classes": classes, "custom_load": False}
+
+    @property
+    def _arguments(self) -> dict[str, Any]:
+        """Arguments of the model's constructor, whatever its size and weights."""
+        return self.request.config.args
 
     def _create_empty(self, device: str, variant: dict[str, Any]) -> nn.Module:
         with building_on(device), seeded(0):
@@ -207,7 +291,7 @@ class TimmTeacher(ImageTeacher):
     def _create(self, variant: dict[str, Any], **more: Any) -> nn.Module:
         try:
             model: nn.Module = timm.create_model(
-                self._name, **self.request.config.args, **variant, **more
+                self._name, **{**self._arguments, **variant}, **more
             )
         except TypeError as error:
             if not self.request.config.args:
@@ -222,31 +306,46 @@ class TimmTeacher(ImageTeacher):
         assert size is not None, "an image has a size"
         self.outputs(size)
         variant = self._variants[size]
-        num_classes = self.request.config.args.get(
-            "num_classes", self._config.num_classes
-        )
-        # With num_classes as the model has it, timm loads strictly and keeps the head.
-        overlay: dict[str, Any] = {"num_classes": num_classes, "custom_load": False}
         if self._weights.kind == "random":
             with seeded(self._weights.seed):
                 model = self._create({})
                 if not variant:
                     return model
                 # Sizes are levels of one teacher: drawn once, resized as a file is.
-                state = model.state_dict()
-                return self._load(variant, {**overlay, "state_dict": state}, "random")
+                return self._load(variant, self._source_of(model), "random")
         with local_path(self.request, self._weights) as path, seeded(0):
-            return self._load(variant, {**overlay, "file": path}, self._weights.url)
+            source: dict[str, Any] = {"file": path}
+            if keys := self.request.config.keys:
+                state = read_state_dict(path, self._weights.url)
+                source = {"state_dict": map_keys(state, keys, self.where)}
+            model = self._load(variant, source, self._weights.url)
+            if not has_attention_biases(model):
+                biases = source.get("state_dict") or dinov3_biases(path)
+                check_no_biases(biases, self._name, self._weights.url)
+            return model
+
+    def _source_of(self, model: nn.Module) -> dict[str, Any]:
+        """Returns a model's own weights as timm takes those of a file."""
+        return {"state_dict": model.state_dict()}
 
     def _load(
-        self, variant: dict[str, Any], overlay: dict[str, Any], name: str
+        self, variant: dict[str, Any], source: dict[str, Any], name: str
     ) -> nn.Module:
         try:
-            model = self._create(
-                variant, pretrained=True, pretrained_cfg_overlay=overlay
-            )
+            with recording_missing() as missing:
+                model = self._create(
+                    variant,
+                    pretrained=True,
+                    pretrained_cfg_overlay={**self._overlay, **source},
+                )
         except RuntimeError as error:
             raise explain_mismatch(error, name) from error
+        # timm knows which of its own weights lack a norm; of a file nobody does.
+        if missing and self._weights.kind == "file":
+            raise TeacherError(
+                f"weights must have exactly the model's parameters, got {len(missing)} "
+                f"missing ({', '.join(missing[:5])}) ({name}); are they of this model?"
+            )
         for config in (model.pretrained_cfg, model.default_cfg):
             if isinstance(config, dict):
                 config.pop("state_dict", None)
@@ -256,204 +355,6 @@ class TimmTeacher(ImageTeacher):
 def native_size(config: PretrainedCfg) -> Size:
     """Returns the (height, width) that a model was made for."""
     return config.input_size[1], config.input_size[2]
-
-
-def stride_of(model: nn.Module) -> int:
-    """Returns the pixels of one cell of the model's coarsest grid."""
-    info = getattr(model, "feature_info", None)
-    strides = [item["reduction"] for item in info] if info else [_DEFAULT_STRIDE]
-    return max(int(max(it) if isinstance(it, (tuple, list)) else it) for it in strides)
-
-
-def patch_of(model: nn.Module) -> Size:
-    """Returns the (height, width) in pixels that the model cuts its input into."""
-    embed = getattr(model, "patch_embed", None)
-    patch = getattr(embed, "patch_size", 1)
-    # A model that pads its input, and one that has no patches, takes any size.
-    if isinstance(patch, int) or getattr(embed, "dynamic_img_pad", False):
-        return (1, 1)
-    return patch[0], patch[1]
-
-
-def layer_names(model: nn.Module) -> list[str]:
-    """Returns the names of the model's layers, or of its levels where grids differ."""
-    info = getattr(model, "feature_info", None)
-    if not info or not hasattr(model, "forward_intermediates"):
-        return []
-    single = len({str(item["reduction"]) for item in info}) == 1
-    return [f"{'layer' if single else 'level'}{k}" for k in range(len(info))]
-
-
-def tap(
-    model: nn.Module, image_BCHW: Tensor, wanted: Mapping[str, str | None], where: str
-) -> dict[str, Tap]:
-    """Runs a timm model once and returns outputs of it.
-
-    Args:
-        model: in eval mode.
-        image_BCHW: normalised.
-        wanted: norm (``post``, ``pre`` or None for the default) by output name.
-        where: the teacher's entry in the job, for messages.
-
-    Returns:
-        Vectors (B, C) and grids (B, H, W, C).
-
-    Raises:
-        TeacherError: the model has no such output; the message names those it has.
-    """
-    return tap_with_features(model, image_BCHW, wanted, where)[0]
-
-
-def tap_with_features(
-    model: nn.Module, image_BCHW: Tensor, wanted: Mapping[str, str | None], where: str
-) -> tuple[dict[str, Tap], Any]:
-    """Returns what `tap` does, and what the model's ``forward_features`` returned."""
-    layers = layer_names(model)
-    call: Any = model
-    if unknown := [
-        name
-        for name in wanted
-        if name not in ("cls", "pooled", "patch", "logits", *layers)
-    ]:
-        shown = ", ".join([*layers[:1], "...", *layers[-1:]] if layers else [])
-        raise TeacherError(
-            f"{where}.outputs.{unknown[0]} is not in this model, which has cls (with a "
-            f"class token), pooled, patch, logits (with a classifier), {shown}"
-        )
-    maps: dict[int, Tensor] = {}
-    taken = ("norm",) if _real(getattr(model, "norm", None)) is not None else ()
-    with recording(model, inputs=taken) as seen:
-        if layers and any(name not in ("pooled", "logits", "cls") for name in wanted):
-            indices = sorted(
-                {len(layers) - 1}
-                | {layers.index(name) for name in wanted if name in layers}
-            )
-            features, found = call.forward_intermediates(
-                image_BCHW, indices=indices, stop_early=False, output_fmt="NCHW"
-            )
-            maps = {
-                k: channels_last(item) for k, item in zip(indices, found, strict=True)
-            }
-        else:
-            features = call.forward_features(image_BCHW)
-        before_norm = seen("norm", True) if taken else []
-    last = maps.get(len(layers) - 1)
-    taps = {}
-    for name, norm in wanted.items():
-        entry = f"{where}.outputs.{name}"
-        if name in ("pooled", "logits"):
-            taps[name] = _tap_head(model, features, name, norm, entry)
-        elif name == "cls":
-            taps[name] = _tap_cls(model, features, before_norm, norm, entry)
-        elif name == "patch":
-            taps[name] = _tap_patch(model, features, last, norm, entry)
-        else:
-            taps[name] = _tap_layer(model, maps[layers.index(name)], name, norm, entry)
-    return taps, features
-
-
-def _real(module: Any) -> nn.Module | None:
-    """Returns ``module`` if it is a norm, None for an Identity or nothing at all."""
-    usable = isinstance(module, nn.Module) and not isinstance(
-        module, (nn.Identity, nn.ModuleList)
-    )
-    return module if usable else None
-
-
-def _norm_after_pooling(model: nn.Module, tokens: Tensor) -> tuple[Tensor, str]:
-    """Applies to each token (..., C) the norm that a model keeps for what it pools."""
-    if _real(getattr(model, "norm", None)) is not None:
-        return tokens, ""
-    if (norm := _real(getattr(model, "fc_norm", None))) is not None:
-        return norm(tokens), ", fc_norm"
-    head = getattr(model, "head", None)
-    # Not ClNormMlpClassifierHead: SAM 2 has it with a norm that was never trained.
-    norm = _real(head.norm) if isinstance(head, NormMlpClassifierHead) else None
-    if norm is not None and tokens.ndim == 4:
-        return channels_last(norm(tokens.permute(0, 3, 1, 2))), ", head.norm"
-    return tokens, ""
-
-
-def _tap_head(
-    model: nn.Module, features: Any, name: str, norm: str | None, entry: str
-) -> Tap:
-    if norm is not None:
-        raise TeacherError(f"{entry}.norm has no effect; leave it out")
-    if name == "logits" and not getattr(model, "num_classes", 0):
-        raise TeacherError(
-            f"{entry}: this model has no classifier; `pooled` is what one would see"
-        )
-    head: Any = model.forward_head
-    vector = head(features, pre_logits=name == "pooled")
-    if not isinstance(vector, Tensor) or vector.ndim != 2:
-        raise TeacherError(
-            f"{entry}: this model does not pool to a vector; take `patch`"
-        )
-    source = "forward_head(pre_logits=True)" if name == "pooled" else "forward_head"
-    return Tap(vector, None, source)
-
-
-def _tap_cls(
-    model: nn.Module,
-    features: Any,
-    before_norm: list[Tensor],
-    norm: str | None,
-    entry: str,
-) -> Tap:
-    has_token = getattr(model, "has_class_token", None)
-    if has_token is None:
-        has_token = getattr(model, "cls_token", None) is not None
-    if not has_token or not isinstance(features, Tensor) or features.ndim != 3:
-        raise TeacherError(
-            f"{entry}: this model has no class token; `pooled` is its own summary"
-        )
-    if norm != "pre":
-        token, also = _norm_after_pooling(model, features[:, 0])
-        return Tap(token, "post", f"forward_features, token 0{also}")
-    if _real(getattr(model, "norm", None)) is None:
-        return Tap(features[:, 0], "pre", "forward_features, token 0")
-    return Tap(before_norm[-1][:, 0], "pre", "input of norm, token 0")
-
-
-def _tap_patch(
-    model: nn.Module, features: Any, last: Tensor | None, norm: str | None, entry: str
-) -> Tap:
-    if norm == "pre" and last is not None:
-        return Tap(last, "pre", "forward_intermediates, last")
-    grid: Tensor | None = None
-    if isinstance(features, Tensor) and features.ndim == 4:
-        is_last = getattr(model, "output_fmt", "NCHW") == "NHWC"
-        grid = features if is_last else channels_last(features)
-    elif isinstance(features, Tensor) and features.ndim == 3 and last is not None:
-        num_prefix = features.shape[1] - last.shape[1] * last.shape[2]
-        declared = getattr(model, "num_prefix_tokens", num_prefix)
-        if num_prefix >= 0 and num_prefix == declared:
-            rows, columns = last.shape[1:3]
-            tokens_BNC = features[:, num_prefix:]
-            grid = tokens_BNC.reshape(len(tokens_BNC), rows, columns, -1)
-    if grid is None or norm == "pre":
-        raise TeacherError(
-            f"{entry}{'.norm: pre' if grid is not None else ''}: this model's final "
-            "features have no such grid; take a layer or level of it"
-        )
-    grid, also = _norm_after_pooling(model, grid)
-    return Tap(grid, "post", f"forward_features{also}")
-
-
-def _tap_layer(
-    model: nn.Module, grid: Tensor, name: str, norm: str | None, entry: str
-) -> Tap:
-    source = f"forward_intermediates, {name}"
-    is_level = name.startswith("level")
-    own = None if is_level else _real(getattr(model, "norm", None))
-    own = own or (None if is_level else _real(getattr(model, "fc_norm", None)))
-    if norm == "pre" or (norm is None and own is None):
-        return Tap(grid, "pre", source)
-    if own is None:
-        raise TeacherError(
-            f"{entry}.norm must be pre: this model has no norm for it; leave it out"
-        )
-    return Tap(own(grid), "post", f"{source}, final norm")
 
 
 def describe(name: str, base: str) -> dict[str, Any]:
@@ -467,11 +368,23 @@ def describe(name: str, base: str) -> dict[str, Any]:
     with building_on("meta"):
         model = freeze(timm.create_model(name))
     size = native_size(config)
+    taps = describe_taps(model, size)
+    patch = taps.get("patch")
+    final = find_final_norm(model)
     hub = config.hf_hub_id
     return {
         "native_size": list(size),
         "stride": stride_of(model),
-        "outputs": describe_outputs(model, size),
+        "multiple_of": list(patch_of(model)),
+        "grid": list(patch.tensor.shape[1:3]) if patch is not None else None,
+        "prefix_tokens": num_prefix_tokens(model),
+        "final_norm": final.path if final is not None else None,
+        "outputs": {key: list(one.tensor.shape[1:]) for key, one in taps.items()},
+        "norms": {
+            re.sub(r"\d+$", "<k>", key): one.norm
+            for key, one in taps.items()
+            if one.norm is not None
+        },
         "num_parameters": sum(item.numel() for item in model.parameters()),
         "preprocess": {
             "interpolation": config.interpolation,
@@ -480,18 +393,8 @@ def describe(name: str, base: str) -> dict[str, Any]:
         },
         "pretrained": hub is not None,
         "tags": _tags(config.architecture),
+        "notes": list(config.notes or ()),
         "license": config.license,
         "source": config.origin_url
         or (f"https://huggingface.co/{hub}" if hub else None),
     }
-
-
-def describe_outputs(model: nn.Module, size: Size) -> dict[str, list[int]]:
-    """Returns the shape of a row by name of every output that a model on meta has."""
-    shapes: dict[str, list[int]] = {}
-    image = torch.zeros(1, 3, *size, device="meta")
-    for name in ("cls", "pooled", "patch", "logits", *layer_names(model)):
-        with contextlib.suppress(TeacherError), torch.inference_mode():
-            found = tap(model, image, {name: None}, "model")[name]
-            shapes[name] = list(found.tensor.shape[1:])
-    return shapes

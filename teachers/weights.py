@@ -25,15 +25,20 @@ from manifests.loading import is_weights_file
 from manifests.storage import open_url, stat_url
 from teachers.errors import TeacherError, WeightsNotFound
 from teachers.interface import TeacherRequest, WeightsRecord
+from teachers.key_maps import explain_difference, listed
+from teachers.key_maps import map_keys as map_keys
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _PIECE_BYTES = 8 * 2**20
-_CONTAINERS = ("state_dict", "model", "model_state_dict")
+_CONTAINERS = ("state_dict", "model", "model_state_dict", "model_state")
 _PREFIXES = ("module.", "_orig_mod.")
-_SHOWN = 5
 _HUB_TIMEOUT_S = 10.0
+_SIZE_MISMATCH = re.compile(
+    r"size mismatch for (?P<name>\S+): .*?Size\(\[(?P<given>[\d, ]*)\]\) from .*?"
+    r"Size\(\[(?P<wanted>[\d, ]*)\]\)"
+)
 _HUB_URL = re.compile(
     r"hf://(?P<repo>[^/]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)"
 )
@@ -145,7 +150,7 @@ def digest(url: str) -> str:
 
 
 def find_on_hub(
-    request: TeacherRequest, repo: str, filenames: Sequence[str]
+    request: TeacherRequest, repo: str, filenames: Sequence[str], note: str = ""
 ) -> WeightsRecord:
     """Returns the record of pretrained weights on the Hugging Face hub.
 
@@ -155,11 +160,12 @@ def find_on_hub(
         request: for messages.
         repo: ``ORGANISATION/NAME``.
         filenames: the first that exists is taken.
+        note: what else a job has to say that names the file itself, for messages.
 
     Raises:
         TeacherError: they are neither in the cache nor to be had.
     """
-    path = hub_file(request, repo, filenames, None)
+    path = hub_file(request, repo, filenames, None, note)
     revision = path.parent.name
     return WeightsRecord(
         "pretrained",
@@ -172,9 +178,20 @@ def find_on_hub(
 
 
 def hub_file(
-    request: TeacherRequest, repo: str, filenames: Sequence[str], revision: str | None
+    request: TeacherRequest,
+    repo: str,
+    filenames: Sequence[str],
+    revision: str | None,
+    note: str = "",
 ) -> Path:
     """Returns the path in the local cache of one file of a hub repository.
+
+    Args:
+        request: for messages.
+        repo: ``ORGANISATION/NAME``.
+        filenames: the first that exists is taken.
+        revision: a commit, None for the newest.
+        note: what else a job has to say that names the file itself, for messages.
 
     Raises:
         TeacherError: it is not in the cache and cannot be downloaded. Without a network
@@ -193,9 +210,11 @@ def hub_file(
         if isinstance(cached, str):
             return Path(cached)
     hint = (
-        f"fetch them where there is a network (hf download {repo} {filenames[0]}), or "
-        "put the file in reach and name it (weights: /path/model.safetensors or "
-        "gs://...); `weights: random` tries the job without them"
+        f"fetch them where there is a network (`hf download {repo} {filenames[0]}`); "
+        "for workers without one put that file where they can read it (`gcloud storage "
+        f"cp {filenames[0]} gs://BUCKET/{repo}/`) and write `weights: "
+        f"gs://BUCKET/{repo}/{filenames[0]}`, or a path{f' ({note})' if note else ''}; "
+        "`weights: random` tries the job without them"
     )
     where = f"teachers.{request.name}: pretrained weights {repo}"
     try:
@@ -264,7 +283,7 @@ def _check_size(request: TeacherRequest, record: WeightsRecord, path: Path) -> N
 def read_state_dict(path: str, name: str) -> dict[str, Tensor]:
     """Returns the tensors of a weights file, by parameter name, on the CPU.
 
-    Containers (``state_dict``, ``model``, ``model_state_dict``) are unwrapped and the
+    Containers (`_CONTAINERS`) are unwrapped, whatever lies beside them, and the
     prefixes of wrappers (``module.``, ``_orig_mod.``) removed.
 
     Args:
@@ -313,7 +332,7 @@ def _unwrap(loaded: Any, name: str) -> dict[str, Tensor]:
         if loaded and all(isinstance(value, Tensor) for value in loaded.values()):
             return dict(loaded)
         odd = [str(key) for key, item in loaded.items() if not isinstance(item, Tensor)]
-        found = f"keys that are no tensors: {_list(odd)}" if odd else "nothing"
+        found = f"keys that are no tensors: {listed(odd)}" if odd else "nothing"
     else:
         found = f"a {type(loaded).__name__}"
     raise TeacherError(
@@ -348,15 +367,13 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], name: str) -> Non
         if key.endswith("num_batches_tracked") and key not in state
     }
     state = {**state, **counters}
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    differing = [
-        f"{key} {tuple(state[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    ]
-    if missing or unexpected or differing:
-        raise TeacherError(_mismatch(name, missing, unexpected, differing))
+    difference = explain_difference(
+        {key: tuple(value.shape) for key, value in own.items()},
+        {key: tuple(value.shape) for key, value in state.items()},
+        name,
+    )
+    if difference is not None:
+        raise TeacherError(difference)
     model.load_state_dict(dict(state), strict=True)
 
 
@@ -369,34 +386,25 @@ def explain_mismatch(error: RuntimeError, name: str) -> TeacherError:
         else []
         for what in ("Missing", "Unexpected")
     )
-    differing = re.findall(r"size mismatch for ([^:]+):", text)
-    if not (missing or unexpected or differing):
-        return TeacherError(
-            f"weights do not fit the model ({name}): {_first_line(error)}"
-        )
-    return TeacherError(_mismatch(name, missing, unexpected, differing))
-
-
-def _mismatch(
-    name: str, missing: list[str], unexpected: list[str], differing: list[str]
-) -> str:
-    parts = [
-        f"{len(keys)} {what} ({_list(keys)})"
-        for what, keys in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("of another shape", differing),
-        )
-        if keys
-    ]
-    return (
-        f"weights must have exactly the model's parameters, got {', '.join(parts)} "
-        f"({name}); are they of this model, with these `args`?"
+    differing = {
+        found["name"]: (_sizes(found["given"]), _sizes(found["wanted"]))
+        for found in _SIZE_MISMATCH.finditer(text)
+    }
+    difference = explain_difference(
+        dict.fromkeys(missing)
+        | {key: wanted for key, (_, wanted) in differing.items()},
+        dict.fromkeys(unexpected)
+        | {key: given for key, (given, _) in differing.items()},
+        name,
+        is_whole=False,
+    )
+    return TeacherError(
+        difference or f"weights do not fit the model ({name}): {_first_line(error)}"
     )
 
 
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+def _sizes(text: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in text.split(",") if size.strip())
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,9 +1,10 @@
 """What every teacher keeps, whatever its family.
 
 Small models stand for their kinds: transformers with a class token, with registers and
-of one size only; convolutional nets, NCHW and NHWC; contrastive towers; modules on
-images and on sweeps. Weights are random, so that what is tested is ours and not the
-training.
+of one size only; convolutional nets, NCHW and NHWC; hierarchies whose own order is not
+raster; contrastive towers; pillars, range images and rasters of sweeps; modules on
+images, sweeps, clips and a rig of several. Weights are random, so that what is tested
+is ours and not the training.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ from torch import Tensor
 
 from manifests.teacher import TeacherConfig
 from pipeline.samples.views import View
+from teachers.errors import TeacherError
 from teachers.interface import GroupInput, Size, Teacher, TeacherRequest
 from teachers.registry import find_weights, open_teacher
+from tests.contracts import made_elsewhere
 
 CODE = """
 from torch import nn
@@ -54,8 +57,53 @@ class Points(nn.Module):
 
     def forward(self, sweep):
         return self.each(sweep).amax(1)
+
+
+class PerPoint(Points):
+    def forward(self, sweep):
+        return self.each(sweep)
+
+
+class Video(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv3d(3, 8, (1, 8, 8), (1, 8, 8))
+        self.time = nn.Conv3d(8, 8, (3, 1, 1), padding=(1, 0, 0))
+
+    def forward(self, clip):
+        found = self.time(self.stem(clip.transpose(1, 2)))
+        return {"cls": found.mean((2, 3, 4)), "patch": found.transpose(1, 2)}
+
+
+class Rig(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.camera = nn.Conv2d(3, 8, 16, 16)
+        self.each = nn.Linear(4, 8)
+
+    def forward(self, *, front, back, lidar):
+        seen = self.camera(front).mean((2, 3)) + self.camera(back).amax((2, 3))
+        return seen + self.each(lidar).amax(1)
 """
 SWEEP = GroupInput("lidar", "points", columns=("x", "y", "z", "intensity"))
+CLIP = GroupInput("clip", "clip", frames=3)
+IMAGE = GroupInput("image", "image")
+# Not one image: what each case looks at.
+GROUPS: dict[str, tuple[GroupInput, ...]] = {
+    "module on sweeps": (SWEEP,),
+    "student on sweeps": (SWEEP,),
+    "program on sweeps": (SWEEP,),
+    "module of points": (SWEEP,),
+    "module on clips": (CLIP,),
+    "module on a rig": (
+        GroupInput("front", "image"),
+        GroupInput("back", "image"),
+        SWEEP,
+    ),
+    "pillars": (SWEEP,),
+    "range view": (SWEEP,),
+    "bev raster": (SWEEP,),
+}
 CLS_AND_PATCH: dict[str, Any] = {"cls": {}, "pooled": {}, "patch": {}, "layer1": {}}
 MAPS: dict[str, Any] = {"pooled": {}, "logits": {}, "patch": {}, "level1": {}}
 CASES: dict[str, dict[str, Any]] = {
@@ -85,6 +133,31 @@ CASES: dict[str, dict[str, Any]] = {
         "outputs": MAPS,
         "sizes": [(224, 224)],
     },
+    "sam, padded": {
+        "model": "timm:samvit_base_patch16_224",
+        "args": {"embed_dim": 48, "depth": 2, "num_heads": 3},
+        "outputs": {"patch": {}, "pooled": {}, "layer1": {}},
+        "sizes": [(224, 224)],
+        "preprocess": {"fit": "pad"},
+    },
+    "sam 2": {
+        "model": "timm:sam2_hiera_tiny",
+        "args": {"embed_dim": 24, "stages": (1, 1, 2, 1)},
+        "outputs": {"pooled": {}, "patch": {}, "level0": {}, "level1": {}},
+        "sizes": [(128, 256)],
+    },
+    "hiera": {
+        "model": "timm:hiera_tiny_224",
+        "args": {"embed_dim": 24, "stages": (1, 1, 2, 1)},
+        "outputs": {"pooled": {}, "patch": {}, "level0": {}, "level1": {}},
+        "sizes": [(224, 224)],
+    },
+    "radio": {
+        "model": "timm:vit_base_patch16_radio_v3",
+        "args": {"embed_dim": 48, "depth": 2, "num_heads": 3},
+        "outputs": {"cls": {}, "patch": {}},
+        "sizes": [(96, 160)],
+    },
     "clip": {
         "model": "open_clip:ViT-S-32-alt",
         "outputs": {"embed": {}, "pooled": {}, "patch": {}, "layer0": {"norm": "pre"}},
@@ -100,6 +173,50 @@ CASES: dict[str, dict[str, Any]] = {
         "model": "module:./code.py:Points",
         "outputs": {"pooled": {}},
         "preprocess": {"points": 32, "columns": ("x", "y", "z", "intensity")},
+    },
+    "module of points": {
+        "model": "module:./code.py:PerPoint",
+        "outputs": {"points": {}},
+        "preprocess": {"points": 32, "columns": ("x", "y", "z", "intensity")},
+    },
+    "module on clips": {
+        "model": "module:./code.py:Video",
+        "outputs": {"cls": {"from": "output[cls]"}, "patch": {"from": "output[patch]"}},
+        "sizes": [(64, 96)],
+    },
+    "module on a rig": {
+        "model": "module:./code.py:Rig",
+        "outputs": {"pooled": {}},
+        "sizes": [(64, 96)],
+        "preprocess": {"points": 32, "columns": ("x", "y", "z", "intensity")},
+    },
+    "pillars": {
+        "model": "pointpillars:nuscenes",
+        "args": {
+            "voxel_size": [1.0, 1.0, 8.0],
+            "point_range": [-16, -32, -5, 16, 32, 3],
+        },
+        "outputs": {"bev": {"pool": (2, 2)}, "level1": {}},
+        "preprocess": {"points": 400},
+    },
+    "range view": {
+        "model": "range_view:test_vit",
+        "args": {"patch_size": [8, 16]},
+        "outputs": {"cls": {}, "pooled": {}, "patch": {"pool": (2, 2)}, "layer1": {}},
+        "sizes": [(64, 512)],
+        "preprocess": {
+            "raster": {
+                "elevation_deg": (-25, 3),
+                "mean": (20, 0, 0, -1, 0.2),
+                "std": (20, 20, 20, 1, 0.2),
+            }
+        },
+    },
+    "bev raster": {
+        "model": "bev_raster:test_convnext",
+        "outputs": {"bev": {}, "pooled": {}, "level1": {}},
+        "sizes": [(96, 160)],
+        "preprocess": {"raster": {"x_m": (0, 48), "y_m": (-40, 40)}},
     },
 }
 
@@ -118,14 +235,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns a folder with the modules of `CODE`."""
     path = tmp_path_factory.mktemp("teachers")
     (path / "code.py").write_text(CODE)
+    made_elsewhere.write_files(path)
     return path
 
 
 def _open(case: str, folder: Path, device: str = "cpu", **changes: Any) -> Teacher:
-    config = TeacherConfig(weights="random", **{**CASES[case], **changes})
-    images = (GroupInput("image", "image"),)
-    group = images if config.sizes else (SWEEP,)
-    request = TeacherRequest("t", config, group, str(folder))
+    config = TeacherConfig(**{"weights": "random", **CASES[case], **changes})
+    request = TeacherRequest("t", config, GROUPS.get(case, (IMAGE,)), str(folder))
     return open_teacher(request, find_weights(request), device)
 
 
@@ -145,6 +261,7 @@ def _batch(
     return batch
 
 
+CASES |= made_elsewhere.CASES
 every_case = pytest.mark.parametrize("case", list(CASES))
 
 
@@ -153,6 +270,10 @@ every_case = pytest.mark.parametrize("case", list(CASES))
 def test_shapes_are_those_declared_without_weights(
     case: str, precision: str, folder: Path
 ) -> None:
+    if case in made_elsewhere.FLOAT32_ONLY and precision != "float32":
+        with pytest.raises(TeacherError, match="precision"):
+            _open(case, folder, precision=precision).outputs(None)
+        return
     teacher = _open(case, folder, precision=precision)
     declared = _open(case, folder, device="meta", precision=precision)
     assert declared.sizes == teacher.sizes
@@ -223,12 +344,18 @@ def _response(teacher: Teacher, name: str, centre: tuple[float, float]) -> Tenso
     patched = ground.copy()
     y, x, half = int(centre[1] * height), int(centre[0] * width), 6
     patched[max(0, y - half) : y + half, max(0, x - half) : x + half] = 250
-    batch = spec.to_tensor(np.stack([ground, patched]), "cpu", torch.float32)
+    view = View(0, False, 0.0, 1.0, {"image": (0.0, 0.0, width, height)})
+    rows = [
+        spec.prepare(Image.fromarray(pixels), view, "image")
+        for pixels in (ground, patched)
+    ]
+    batch = spec.to_tensor(np.stack(rows), "cpu", torch.float32)
     grid = teacher.forward({"image": batch}, size)[name]
     return (grid[1] - grid[0]).square().sum(-1)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "sizes" in CASES[name]])
+# Families of sweeps have such a test of their own, with points instead of pixels.
+@pytest.mark.parametrize("case", [name for name in CASES if name not in GROUPS])
 def test_cells_are_where_their_pixels_are(case: str, folder: Path) -> None:
     teacher = _open(case, folder)
     specs = teacher.outputs(teacher.sizes[0])

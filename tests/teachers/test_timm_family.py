@@ -306,7 +306,9 @@ def test_a_file_is_loaded_whole_with_its_head(saved: Path, open_one: Open) -> No
 
 def test_a_file_of_another_head_is_refused(saved: Path, open_one: Open) -> None:
     teacher = open_one("timm:test_vit", ["pooled"], weights="plain.pt")
-    with pytest.raises(TeacherError, match=r"2 of another shape \(head.weight, head.b"):
+    with pytest.raises(
+        TeacherError, match=r"2 of another shape \(head.weight .*, head.b"
+    ):
         teacher.model((160, 160))
 
 
