@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from manifests.document import Strict, check_name, parse_bytes
-from manifests.inputs import ImageInput, InputConfig, LabelConfig
+from manifests.inputs import InputConfig, LabelConfig
 from manifests.teacher import TeacherConfig
 from manifests.views import ViewsConfig
 
@@ -86,11 +86,22 @@ class Job(Strict):
             for name in names:
                 check_name(name, f"name of {what}")
         for name, config in self.inputs.items():
-            is_calibrated = isinstance(config, ImageInput) and config.calibration
-            if is_calibrated and self.metadata is None:
+            for field in ("calibration", "timestamp"):
+                if getattr(config, field, None) and self.metadata is None:
+                    raise ValueError(
+                        f"inputs.{name}.{field} needs `metadata: EXT`, the JSON "
+                        "member that its path is read from"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _own_geometry_has_one_view(self) -> Job:
+        for name, config in self.teachers.items():
+            if config.preprocess.geometry == "teacher" and self.views.random:
                 raise ValueError(
-                    f"inputs.{name}.calibration needs `metadata: EXT`, the JSON "
-                    "member that its path is read from"
+                    f"teachers.{name}.preprocess.geometry must be view where there are "
+                    "random views: the model's own transform takes the whole image and "
+                    "knows no box; set views.random to 0, or leave geometry out"
                 )
         return self
 

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import os
+import posixpath
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -47,6 +48,8 @@ _SAID_ALREADY = (
     "union_tag_invalid",
 )
 _WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz")
+# Their models are folders and files, named by path.
+_FAMILIES_BY_PATH = ("student", "exported")
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -72,7 +75,9 @@ def resolve_path(path: str, base: str) -> str:
     if _SCHEME.match(path):
         return path
     if _SCHEME.match(base):
-        return path if path.startswith("/") else f"{base}/{path.removeprefix('./')}"
+        scheme, _, folder = base.partition("://")
+        joined = posixpath.normpath(posixpath.join(folder, path))
+        return path if path.startswith("/") else f"{scheme}://{joined}"
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
 
 
@@ -228,6 +233,15 @@ def _resolve_teacher(where: str, config: TeacherConfig, base: str) -> TeacherCon
     changes: dict[str, Any] = {}
     if config.weights is not None and is_weights_file(config.weights):
         changes["weights"] = resolve_path(config.weights, base)
+    if any(output.classifier is not None for output in config.outputs.values()):
+        changes["outputs"] = {
+            name: output
+            if output.classifier is None
+            else output.model_copy(
+                update={"classifier": resolve_path(output.classifier, base)}
+            )
+            for name, output in config.outputs.items()
+        }
     if config.family == "module":
         file, colon, attribute = config.model_name.rpartition(":")
         if not colon:
@@ -235,6 +249,8 @@ def _resolve_teacher(where: str, config: TeacherConfig, base: str) -> TeacherCon
                 f"{where}.model: must be module:FILE.py:CLASS, got {config.model!r}"
             )
         changes["model"] = f"module:{resolve_path(file, base)}:{attribute}"
+    if config.family in _FAMILIES_BY_PATH:
+        changes["model"] = f"{config.family}:{resolve_path(config.model_name, base)}"
     return config.model_copy(update=changes)
 
 

@@ -24,6 +24,9 @@ class RasterConfig(Strict):
     azimuth_deg: tuple[float, float] | None = Field(
         None, description="range_view: rightmost and leftmost angle of the columns"
     )
+    range_m: tuple[float, float] | None = Field(
+        None, description="range_view: points nearer or farther are left out"
+    )
     x_m: tuple[float, float] | None = Field(
         None, description="bev_raster: lowest and highest x"
     )
@@ -36,7 +39,7 @@ class RasterConfig(Strict):
     mean: tuple[float, ...] | None = Field(None, description="per channel")
     std: tuple[float, ...] | None = Field(None, description="per channel")
 
-    @field_validator("elevation_deg", "azimuth_deg", "x_m", "y_m", "z_m")
+    @field_validator("elevation_deg", "azimuth_deg", "range_m", "x_m", "y_m", "z_m")
     @classmethod
     def _ordered(cls, pair: tuple[float, float] | None) -> tuple[float, float] | None:
         if pair is not None and not pair[0] < pair[1]:
@@ -130,8 +133,8 @@ class OutputConfig(Strict):
     )
     classifier: str | None = Field(
         None,
-        description="file of a zero-shot classifier (`teachonce classifier` makes it): "
-        "logits of its classes from the embedding",
+        description="file of a zero-shot classifier (`teachonce teachers MODEL "
+        "--classes FILE` makes it): logits of its classes from the embedding",
     )
 
     @model_validator(mode="before")
@@ -192,12 +195,31 @@ class TeacherConfig(Strict):
     )
     license: str | None = Field(None, description="licence of the weights")
 
+    @field_validator("keys")
+    @classmethod
+    def _are_expressions(cls, keys: dict[str, str | None]) -> dict[str, str | None]:
+        for pattern, replacement in keys.items():
+            try:
+                # Python reads the replacement too, whether or not the pattern is found.
+                re.compile(pattern).sub(replacement or "", "")
+            except (re.error, IndexError) as error:
+                raise ValueError(
+                    "must be a regular expression and its replacement, got "
+                    f"{pattern!r}: {replacement!r} ({error})"
+                ) from error
+        return keys
+
     @field_validator("model")
     @classmethod
     def _has_family(cls, model: str) -> str:
         if not re.fullmatch(r"[a-z_]+:.+", model):
             raise ValueError(f"must be FAMILY:NAME (timm:vit_base...), got {model!r}")
         return model
+
+    @property
+    def key_rules(self) -> list[list[str | None]]:
+        """The pairs of ``keys`` in order, which a digest of a mapping loses."""
+        return [[pattern, new] for pattern, new in self.keys.items()]
 
     @property
     def family(self) -> str:

@@ -36,7 +36,6 @@ from pipeline.samples.points import Sweep
 from pipeline.samples.shards import Sample
 from pipeline.samples.views import View, ViewPolicy, draw_view
 from pipeline.stopwatch import Stopwatch
-from teachers.inputs.image import ImageSpec
 from teachers.inputs.points import PointsSpec
 
 OutputKey = tuple[StoredOutput, int]
@@ -348,14 +347,12 @@ class BlockWork:
         """Returns an output's rows as stored; cells on padding are missing."""
         encoded = output.encoding.encode(values, usable, reuse=True)
         for size, one in live.prepared():
-            spec = one.spec
-            if size != output.size or output.kind != "grid":
+            if size != output.size or output.kind not in ("grid", "frames"):
                 continue
-            if isinstance(spec, ImageSpec) and spec.pad:
-                rows = self._inputs[one.key, view]
-                grid = (output.shape[0], output.shape[1])
-                missing = spec.missing_cells(rows, grid, output.pool)
-                return mask_cells(output.encoding, encoded, missing)
+            rows = self._inputs[one.key, view]
+            missing = one.spec.missing_cells(rows, output.shape, output.pool)
+            if missing is not None:
+                return mask_cells(output.encoding, encoded, missing, usable)
         return encoded
 
     def _points_of(self, live: LivePass, output: StoredOutput) -> np.ndarray:

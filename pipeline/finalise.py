@@ -48,6 +48,7 @@ from pipeline.bank.row_index import INDEX_PART_ROWS, encode_table, index_path
 from pipeline.bank.rows import decode_rows, object_path
 from pipeline.index import read_rows
 from pipeline.runs import end_run
+from pipeline.samples.photometric import Photometric
 from pipeline.samples.views import ViewPolicy, draw_view
 
 _PREFETCH = 32
@@ -202,6 +203,9 @@ class _RowWriter:
         sizes: dict[str, tuple[int, int]] = {}
         has_points = False
         for name, entry in self._record.inputs.items():
+            time = columns.get(f"{name}.time", ())
+            if time and time[offset] is not None:
+                self._put(layout.time_array(name), row, time[offset])
             if entry.config["kind"] == "points":
                 has_points = True
                 continue
@@ -223,6 +227,10 @@ class _RowWriter:
             if has_points:
                 self._values[layout.YAW.path][row, view] = drawn.yaw
                 self._values[layout.SCALE.path][row, view] = drawn.scale
+            if self._policy.photometric is not None:
+                changes = drawn.photometric or Photometric()
+                numbers = changes.to_numbers()
+                self._values[layout.PHOTOMETRIC.path][row, view] = numbers
         for name, config in self._record.labels.items():
             column = columns.get(f"label.{name}", ())
             if column and column[offset] is not None:
@@ -322,6 +330,7 @@ def finalise(store: Store, record: BankRecord) -> BankRecord:
     index = _IndexWriter(store, record)
     valid: Counter[str] = Counter()
     invalid: dict[str, Counter[str]] = {entry.id: Counter() for entry in record.passes}
+    points: dict[str, Counter[str]] = {"points": Counter(), "dropped": Counter()}
     num_rows = 0
     for facts in _with_columns(store, record, _iter_blocks(store, record, committed)):
         rows.add(facts)
@@ -329,6 +338,10 @@ def finalise(store: Store, record: BankRecord) -> BankRecord:
         if facts.shard.retired:
             continue
         num_rows += len(facts.keys)
+        for kind, count in points.items():
+            for name in record.inputs:
+                found = facts.columns.get(f"{name}.{kind}", ())
+                count[name] += sum(number or 0 for number in found)
         for entry in record.passes:
             for reason in facts.reasons(entry.id):
                 if reason is None:
@@ -346,6 +359,8 @@ def finalise(store: Store, record: BankRecord) -> BankRecord:
         committed_blocks={name: len(blocks) for name, blocks in committed.items()},
         valid={entry.id: valid[entry.id] for entry in record.passes},
         invalid={name: dict(sorted(one.items())) for name, one in invalid.items()},
+        points={name: count for name, count in points["points"].items() if count},
+        dropped_points={name: n for name, n in points["dropped"].items() if n},
         damaged_shards={
             shard.name: shard.damage
             for shard in record.shards

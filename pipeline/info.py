@@ -62,7 +62,7 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
             "fingerprint": entry.fingerprint,
         }
     outputs = {}
-    for path, _, output in layout.outputs(record):
+    for path, entry, output in layout.outputs(record):
         variance = _variance(store, path)
         dead = [] if variance is None else dead_channels(variance).tolist()
         outputs[path] = {
@@ -70,8 +70,11 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
             "dtype": output.dtype,
             "encoding": output.encoding["encoding"],
             "norm": output.norm,
+            "aligned": not entry.has_own_geometry(output.size),
             "dead_channels": dead,
         }
+    points = record.state.points if record.state else {}
+    dropped = record.state.dropped_points if record.state else {}
     runs = list_runs(store)
     last = (runs[-1].get("result") or {}) if runs else {}
     return {
@@ -89,6 +92,10 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
         "dataset_license": record.dataset.get("license"),
         "passes": passes,
         "outputs": outputs,
+        "points": {
+            name: {"usable": count, "dropped": dropped.get(name, 0)}
+            for name, count in points.items()
+        },
         "lock": read_lock(store),
         "runs": len(runs),
         "last_failures": last.get("failures", []),

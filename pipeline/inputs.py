@@ -19,6 +19,7 @@ from pipeline.errors import PipelineError
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import image_size
 from pipeline.samples.members import members_of
+from pipeline.samples.point_formats import check_formats
 from pipeline.samples.shards import RowSpan, ShardRow, read_samples
 from pipeline.samples.views import ViewPolicy
 
@@ -30,14 +31,14 @@ PROBED_SHARDS = 16
 WIDE_ASPECT = 1.5
 
 
-def _probe(
+def probe_sizes(
     shards: Iterable[ProbedShard], config: ImageInput | ClipInput
-) -> list[float]:
-    """Returns width over height of the first images that have a readable header."""
-    aspects: list[float] = []
+) -> list[tuple[int, int]]:
+    """Returns (height, width) of the first images that have a readable header."""
+    sizes: list[tuple[int, int]] = []
     wanted = frozenset(members_of(config))
     for url, sequential, all_rows in shards:
-        rows = all_rows[: PROBED_SAMPLES - len(aspects)]
+        rows = all_rows[: PROBED_SAMPLES - len(sizes)]
         end = max(row.offset + row.size for row in rows)
         span = RowSpan(0, len(rows), rows[0].offset, end, rows[0].key)
         for _, sample in read_samples(url, span, wanted, sequential):
@@ -47,11 +48,10 @@ def _probe(
             )
             if data is not None:
                 with contextlib.suppress(SampleError):
-                    height, width = image_size(data)
-                    aspects.append(width / height)
-        if len(aspects) >= PROBED_SAMPLES:
+                    sizes.append(image_size(data))
+        if len(sizes) >= PROBED_SAMPLES:
             break
-    return aspects
+    return sizes
 
 
 def resolve_input(name: str, job: Job, shards: Iterable[ProbedShard]) -> InputEntry:
@@ -62,14 +62,16 @@ def resolve_input(name: str, job: Job, shards: Iterable[ProbedShard]) -> InputEn
 
     Raises:
         PipelineError: no image among the first samples can be read.
+        ManifestError: a sweep's format is not known.
     """
     config = job.inputs[name]
     data = config.model_dump(mode="json")
     if isinstance(config, PointsInput):
+        check_formats(name, config)
         return InputEntry(config=data, metadata=job.metadata)
     with_points = any(other.kind == "points" for other in job.inputs.values())
     probed = list(islice((shard for shard in shards if shard[2]), PROBED_SHARDS))
-    aspects = _probe(probed, config)
+    aspects = [width / height for height, width in probe_sizes(probed, config)]
     if not aspects:
         if probed:
             raise PipelineError(
@@ -90,8 +92,18 @@ def resolve_input(name: str, job: Job, shards: Iterable[ProbedShard]) -> InputEn
 
 
 def view_policy(job: Job, inputs: dict[str, InputEntry]) -> ViewPolicy:
-    """Returns how views are drawn: the job's numbers and view 0's box per image."""
+    """Returns how views are drawn: the job's numbers and view 0's box per image.
+
+    Raises:
+        PipelineError: colour changes are asked for and there is nothing with colour.
+    """
     views = job.views
+    view0 = {name: entry.view0 for name, entry in inputs.items() if entry.view0}
+    if views.photometric is not None and not view0:
+        raise PipelineError(
+            "views.photometric changes colours of images and the job has no image or "
+            "clip; leave it out"
+        )
     return ViewPolicy(
         seed=views.seed,
         scale=views.scale,
@@ -99,5 +111,6 @@ def view_policy(job: Job, inputs: dict[str, InputEntry]) -> ViewPolicy:
         flips=job.flips,
         yaw_rad=math.radians(views.yaw_deg),
         point_scale=views.point_scale,
-        view0={name: entry.view0 for name, entry in inputs.items() if entry.view0},
+        view0=view0,
+        photometric=views.photometric,
     )

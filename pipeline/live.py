@@ -19,7 +19,7 @@ from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.errors import PipelineError
-from pipeline.resolve import parse_size, request_of
+from pipeline.group_teachers import parse_size, request_of
 from teachers import registry
 from teachers.inputs.spec import InputSpec
 from teachers.interface import Teacher, WeightsRecord
@@ -195,13 +195,15 @@ def load_passes(
             {**vars(one), "name": str(number)}
             for number, one in enumerate(request.group)
         ]
-        key = digest([entry.request, entry.provenance["weights"], anonymous])
+        weights_of = [entry.provenance["weights"], config.key_rules]
+        key = digest([entry.request, weights_of, anonymous])
         if key not in loaded:
             loaded[key] = registry.open_teacher(request, weights, device)
             # Here, and not in the first forward: several lanes would build it at once,
             # and random weights are drawn from a generator that all threads share.
             loaded[key].load()
         teacher = loaded[key]
+        _check_classifiers(entry, teacher)
         theirs = [one.name for one in teacher.request.group]
         sizes = dict.fromkeys(output.size for output in entry.outputs)
         specs = {}
@@ -213,6 +215,19 @@ def load_passes(
             }
         passes[name] = LivePass(entry, teacher, _outputs(entry), specs, device)
     return passes
+
+
+def _check_classifiers(entry: PassEntry, teacher: Teacher) -> None:
+    """Raises PipelineError where a classifier is not the file that was planned."""
+    for output in entry.outputs:
+        planned = output.definition.get("classifier")
+        held = teacher.facts.classifiers.get(output.name, {}).get("sha256")
+        if held != planned:
+            raise PipelineError(
+                f"teachers.{entry.teacher}.outputs.{output.name}.classifier must be "
+                f"the file that was planned, of sha256 {planned}, got {held}; put that "
+                "file back"
+            )
 
 
 def explain_failure(live: LivePass, error: BaseException, rows: int) -> BaseException:

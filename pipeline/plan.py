@@ -19,12 +19,12 @@ from manifests.errors import BankError, ManifestError
 from manifests.inputs import INPUT, InputConfig
 from manifests.job import Job
 from manifests.storage import Store
-from pipeline import index, resolve, sizing
+from pipeline import group_teachers, index, resolve, sizing
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.commits import list_commits
 from pipeline.bank.record import read_record
+from pipeline.group_teachers import GroupTeacher
 from pipeline.inputs import ProbedShard, resolve_input, view_policy
-from pipeline.resolve import GroupTeacher
 from pipeline.samples import sources
 from pipeline.shard_table import (
     ShardChanges,
@@ -132,7 +132,7 @@ def make_plan(
     inputs = _resolve_inputs(job, store, record, changes)
     views = _resolve_views(job, record, inputs)
     missing: dict[str, str] = {}
-    teachers = resolve.group_teachers(
+    teachers = group_teachers.find_teachers(
         job, inputs, views, record, None if needs_weights else missing
     )
     passes = _resolve_passes(job, inputs, views, record, teachers, changes)
@@ -254,6 +254,11 @@ def _resolve_inputs(
     }
 
 
+def probed_shards(plan: Plan) -> Iterator[ProbedShard]:
+    """Yields a plan's shards to look into: the bank's own, then new ones."""
+    return _probed(Store(plan.job.bank), plan.existing, plan.changes)
+
+
 def _probed(
     store: Store, record: BankRecord | None, changes: ShardChanges
 ) -> Iterator[ProbedShard]:
@@ -293,9 +298,9 @@ def _resolve_views(
         views["flips"] = held["flips"]
     if job.views.random and views != held:
         what = "; ".join(
-            f"{name}: {held[name]!r} in the bank, {views[name]!r} now"
-            for name in views
-            if views[name] != held[name]
+            f"{name}: {held.get(name)!r} in the bank, {views.get(name)!r} now"
+            for name in sorted({*views, *held})
+            if views.get(name) != held.get(name)
         )
         raise BankError(
             f"bank {job.bank} draws its views otherwise ({what}); keep the bank's "
@@ -334,7 +339,7 @@ def _resolve_passes(
     """Returns the passes a job needs; teachers that a bank answers are not opened."""
     requests = dict(record.requests) if record else {}
     unknown = [item for item in teachers if item.digest not in requests]
-    described = {item.digest: resolve.describe(item) for item in unknown}
+    described = {item.digest: group_teachers.describe(item) for item in unknown}
     samples = _live_samples(record, changes)
     held_rows = record.block_rows if record else job.block_rows
     batches = {

@@ -20,6 +20,11 @@ from manifests.bank import BankRecord, ShardEntry, WorkResult
 from manifests.errors import TeachOnceError
 from manifests.job import Job
 from manifests.storage import Store
+from pipeline.bank.classifiers import (
+    classifier_arrays,
+    is_stored,
+    write_classifier,
+)
 from pipeline.bank.commits import commit_path, list_commits
 from pipeline.bank.layout import write_metadata
 from pipeline.bank.lock import bank_lock, break_lock, clear_dead_lock
@@ -33,6 +38,7 @@ from pipeline.plan import Plan, make_plan
 from pipeline.runs import new_run_id, read_run, start_run
 from pipeline.samples.shards import ShardRow
 from pipeline.work_items import item_blocks, num_threads, work_items
+from teachers.zero_shot import read_classifier
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -92,8 +98,31 @@ def _merge(store: Store, plan: Plan) -> bool:
     if changes.new:
         write_index(store, f"dataset/{plan.part}", changes.new)
     write_metadata(store, plan.record)
+    write_classifiers(store, plan.record)
     write_record(store, _unfinished(plan))
     return True
+
+
+def write_classifiers(store: Store, record: BankRecord) -> None:
+    """Copies zero-shot classifiers that a bank lacks from the files of its jobs.
+
+    Only for the holder of the bank's lock.
+
+    Raises:
+        TeacherError: a file cannot be read.
+        PipelineError: it is not the one that the bank's logits come from.
+    """
+    for array in classifier_arrays(record):
+        if is_stored(store, array):
+            continue
+        found = read_classifier(array.url, f"{store.url_of(array.path)}: outputs")
+        if found.sha256 != array.facts["sha256"]:
+            raise PipelineError(
+                f"{array.url} must be the classifier that the bank's logits come from, "
+                f"of sha256 {array.facts['sha256']}, got {found.sha256}; put that file "
+                "back"
+            )
+        write_classifier(store, array, found.weight)
 
 
 def _unfinished(plan: Plan) -> BankRecord:
@@ -193,6 +222,7 @@ def repair(store: Store, full: bool = True) -> list[tuple[str, int]]:
         for path in report.damaged_objects + report.orphans + report.damaged_metadata:
             store.delete(path)
         write_metadata(store, record)
+        write_classifiers(store, record)
         store.clear_temporary(0.0)
     return report.damaged_blocks
 

@@ -1,241 +1,40 @@
 """From a job to passes: what the bank lacks, as units with a fingerprint.
 
-Owns which teacher looks at which group, what its outputs look like (asked of the model
-on the meta device), which pass already holds what, and the refusal of anything that
-contradicts it. A job that the bank already answers is told by digests alone, with
-neither torch nor Beam imported.
+Owns what defines an output and a teacher, which pass already holds what, and the
+refusal of anything that contradicts it. Who looks at what is ``group_teachers``. A job
+that the bank already answers is told by digests alone, with neither torch nor Beam
+imported.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from manifests.bank import ROWS_TEACHER, BankRecord, InputEntry, OutputEntry, PassEntry
-from manifests.document import check_name
 from manifests.errors import BankError, ManifestError
 from manifests.job import Job
 from manifests.loading import digest
-from manifests.teacher import OutputConfig, TeacherConfig
+from manifests.teacher import OutputConfig
 from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import make_encoding
 from pipeline.bank.point_index import PointIndex
-from teachers import registry
-from teachers.code import code_digest, kinds_wanted
-from teachers.errors import WeightsNotFound
+from pipeline.group_teachers import Described, GroupTeacher
 from teachers.interface import (
-    Cost,
-    GroupInput,
     OutputSpec,
-    Teacher,
-    TeacherRequest,
-    WeightsRecord,
 )
 
-NATIVE = "native"
 NO_CONFIG = OutputConfig()
 """Of outputs that a job does not name: they come with others."""
-
-
-@dataclass(frozen=True)
-class GroupTeacher:
-    """A teacher of the job on one of its groups."""
-
-    teacher: str
-    group: str
-    inputs: tuple[str, ...]
-    request: TeacherRequest
-    weights: WeightsRecord
-    digest: str
-
-
-@dataclass(frozen=True)
-class Described:
-    """A teacher asked on the meta device: its outputs by name of size, then by name."""
-
-    outputs: Mapping[str, Mapping[str, OutputSpec]]
-    preprocess: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    cost: Cost
-    input_bytes: int
-
-
-def size_name(size: tuple[int, int] | None) -> str:
-    """Returns a size's name in paths: ``256x448`` (height x width) or ``native``."""
-    return NATIVE if size is None else f"{size[0]}x{size[1]}"
-
-
-def parse_size(name: str) -> tuple[int, int] | None:
-    """Returns what `size_name` made of."""
-    if name == NATIVE:
-        return None
-    height, _, width = name.partition("x")
-    return int(height), int(width)
-
-
-def groups_of(
-    name: str, config: TeacherConfig, inputs: Mapping[str, InputEntry]
-) -> dict[str, tuple[str, ...]]:
-    """Returns group name to its inputs for one teacher.
-
-    Raises:
-        ManifestError: a pattern in ``on`` matches no input, or there is none to run on.
-    """
-    kinds = kinds_wanted(config.family, config.preprocess.points is not None)
-
-    def match(pattern: str) -> list[str]:
-        found = [one for one in inputs if fnmatch.fnmatchcase(one, pattern)]
-        if not found:
-            raise ManifestError(
-                f"teachers.{name}.on: {pattern!r} matches no input; inputs are "
-                f"{', '.join(inputs)}"
-            )
-        return found
-
-    if isinstance(config.on, dict):
-        for group in config.on:
-            try:
-                check_name(group, f"teachers.{name}.on: name of group")
-            except ValueError as error:
-                raise ManifestError(str(error)) from error
-        return {
-            group: tuple(dict.fromkeys(one for p in patterns for one in match(p)))
-            for group, patterns in config.on.items()
-        }
-    if config.on is not None:
-        names = dict.fromkeys(one for pattern in config.on for one in match(pattern))
-    else:
-        names = dict.fromkeys(
-            one for one, entry in inputs.items() if entry.config["kind"] in kinds
-        )
-    if not names:
-        raise ManifestError(
-            f"teachers.{name}: {config.model} takes {' or '.join(sorted(kinds))} and "
-            "the job has no such input; add one, or say `on`"
-        )
-    return {one: (one,) for one in names}
-
-
-def request_of(
-    name: str,
-    config: TeacherConfig,
-    members: Sequence[str],
-    inputs: Mapping[str, InputEntry],
-) -> TeacherRequest:
-    """Returns what a family needs to build the teacher for one group."""
-    group = tuple(
-        GroupInput(
-            name=one,
-            kind=inputs[one].config["kind"],
-            aspect=inputs[one].aspect,
-            columns=tuple(inputs[one].config.get("columns", ())),
-            frames=int(inputs[one].config.get("frames", 0)),
-        )
-        for one in members
-    )
-    return TeacherRequest(name=name, config=config, group=group)
-
-
-def _known_weights(record: BankRecord | None, teacher: str) -> WeightsRecord | None:
-    for entry in record.passes if record else ():
-        if entry.teacher == teacher and "weights" in entry.provenance:
-            return WeightsRecord(**entry.provenance["weights"])
-    return None
-
-
-def group_teachers(
-    job: Job,
-    inputs: Mapping[str, InputEntry],
-    views: Mapping[str, Any],
-    record: BankRecord | None,
-    missing_weights: dict[str, str] | None = None,
-) -> list[GroupTeacher]:
-    """Returns every (teacher, group) of the job with its weights found and digested.
-
-    Args:
-        job: with absolute paths.
-        inputs: of the bank and the job.
-        views: how views are drawn.
-        record: of the bank, if there is one.
-        missing_weights: where given, weights that cannot be found are noted here by
-            teacher instead of raised; shapes need none.
-
-    Raises:
-        TeacherError: a teacher or its weights cannot be had.
-    """
-    found = []
-    for name, config in job.teachers.items():
-        weights: WeightsRecord | None = None
-        for group, members in groups_of(name, config, inputs).items():
-            request = request_of(name, config, members, inputs)
-            if weights is None:
-                known = _known_weights(record, name)
-                try:
-                    weights = registry.find_weights(request, known)
-                except WeightsNotFound as error:
-                    if missing_weights is None:
-                        raise
-                    missing_weights[name] = str(error)
-                    weights = known or WeightsRecord("missing")
-            identity = {
-                "config": config.model_dump(mode="json", by_alias=True),
-                "code": code_digest(request),
-                "inputs": {one: inputs[one].model_dump(mode="json") for one in members},
-                "weights": weights.identity,
-                "views": views,
-                "num_views": job.views.random + 1,
-            }
-            found.append(
-                GroupTeacher(
-                    name, group, tuple(members), request, weights, digest(identity)
-                )
-            )
-    return found
-
-
-def describe(item: GroupTeacher) -> Described:
-    """Returns outputs, preprocessing and cost of a teacher, from shapes alone."""
-    teacher = registry.open_teacher(item.request, item.weights, "meta")
-    outputs = {size_name(size): _with_index(teacher, size) for size in teacher.sizes}
-    specs = {size_name(size): teacher.inputs(size) for size in teacher.sizes}
-    preprocess = {
-        size: {name: spec.to_json() for name, spec in taken.items()}
-        for size, taken in specs.items()
-    }
-    costs = [teacher.cost(size) for size in teacher.sizes]
-    cost = Cost(
-        flops=sum(one.flops for one in costs),
-        working_bytes=max(one.working_bytes for one in costs),
-    )
-    input_bytes = sum(
-        spec.row_bytes for taken in specs.values() for spec in taken.values()
-    )
-    return Described(outputs, preprocess, teacher.facts.to_json(), cost, input_bytes)
-
-
-def _with_index(
-    teacher: Teacher, size: tuple[int, int] | None
-) -> dict[str, OutputSpec]:
-    """Returns a teacher's outputs, and beside those of points which points they are."""
-    outputs: dict[str, OutputSpec] = {}
-    for name, spec in teacher.outputs(size).items():
-        outputs[name] = spec
-        if spec.kind == "points":
-            index = f"{name}_index"
-            source = f"which points of the sweep as stored {name} is of"
-            outputs[index] = OutputSpec(
-                index, "index", spec.shape[:1], "uint32", source=source
-            )
-    return outputs
 
 
 def _definition(spec: OutputSpec, config: OutputConfig, path: str) -> dict[str, Any]:
     """Returns the fields of an output's job entry that define its values.
 
-    A bird's-eye grid has the extent that its teacher knows, else that of the job.
+    A bird's-eye grid has the extent that its teacher knows, else that of the job. A
+    zero-shot classifier is its bytes, wherever it lies.
 
     Raises:
         ManifestError: the job contradicts the teacher's extent.
@@ -243,6 +42,8 @@ def _definition(spec: OutputSpec, config: OutputConfig, path: str) -> dict[str, 
     data = config.model_dump(mode="json", by_alias=True, exclude_none=True)
     for stored in ("encoding", "topk", "temperatures"):
         data.pop(stored, None)
+    if spec.classifier is not None:
+        data["classifier"] = spec.classifier
     if spec.extent is not None:
         known = spec.extent.model_dump(mode="json")
         if data.setdefault("extent", known) != known:
@@ -287,10 +88,12 @@ def output_entry(
 def teacher_identity(item: GroupTeacher, described: Described) -> dict[str, Any]:
     """Returns what makes two runs of a teacher the same teacher, field by field."""
     config = item.request.config
-    return {
-        "model": config.model_name.rpartition("/")[2]
-        if config.family == "module"
-        else config.model_name,
+    model = described.facts.get("model")
+    if model is None:
+        is_file = config.family == "module"
+        model = config.model_name.rpartition("/")[2] if is_file else config.model_name
+    identity = {
+        "model": model,
         "family": config.family,
         "args": config.args,
         "method": config.method,
@@ -299,6 +102,10 @@ def teacher_identity(item: GroupTeacher, described: Described) -> dict[str, Any]
         "precision": config.precision,
         "inputs": list(item.inputs),
     }
+    # Only where there are any: banks made before it existed keep their fingerprints.
+    if config.keys:
+        identity["keys"] = config.key_rules
+    return identity
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

@@ -174,6 +174,7 @@ def image_input(record: BankRecord, name: str) -> ImageInput:
     config = _INPUT.validate_python(record.inputs[name].config)
     if not isinstance(config, ImageInput):
         raise TrainingError(
-            f"input must be an image, got {name}, which is {config.kind}"
+            f"input must be an image, got {name}, which is {config.kind}; name another "
+            "input of the bank"
         )
     return config

@@ -174,6 +174,11 @@ def _output_task(
 ) -> Task:
     path = find_output(bank, source, recipe.student.input, where)
     entry = bank.output(path)
+    if entry.kind not in ("vector", "grid"):
+        raise TrainingError(
+            f"{where} must lead to a vector or a grid, got {path} of kind "
+            f"{entry.kind}, which no head gives; take another output of the bank"
+        )
     kind: TargetKind = "logits" if is_logits(entry.name) else "features"
     extent = entry.extent
     shape: Shape = "vector"

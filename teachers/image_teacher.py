@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from pipeline.samples.fitting import fit_size
 from teachers.errors import TeacherError
-from teachers.inputs.image import image_spec
+from teachers.inputs.image import ImageSpec, image_spec
+from teachers.inputs.own_transform import make_transform
 from teachers.inputs.spec import InputSpec
 from teachers.interface import Size, TeacherRequest
 from teachers.torch_teacher import Tap, TorchTeacher
+
+EMBEDDING = "embed"
+"""The output that zero-shot classifiers take."""
 
 
 class Pixels(NamedTuple):
@@ -51,6 +56,8 @@ class ImageTeacher(TorchTeacher):
     ) -> None:
         """Takes the job's sizes, or the one that fits the box of view 0.
 
+        A model's own transform crops to the native size whatever the box.
+
         Args:
             native: the model's own size.
             stride: pixels of a grid cell.
@@ -62,6 +69,9 @@ class ImageTeacher(TorchTeacher):
         """
         config = self.request.config
         fit = config.preprocess.fit or own_fit
+        if config.preprocess.geometry == "teacher":
+            self._check_own_geometry()
+            fit = "squash"
         self._sizes = tuple(config.sizes or ()) or (
             fit_size(native, stride, self._input.aspect, fit),
         )
@@ -75,22 +85,69 @@ class ImageTeacher(TorchTeacher):
     def inputs(self, size: Size | None) -> dict[str, InputSpec]:
         """Returns how each input is taken; see `Teacher.inputs`."""
         assert size is not None, "an image has a size"
-        return {
-            self._input.name: image_spec(
-                self.request.config.preprocess,
-                size,
-                interpolation=self._pixels.interpolation,
-                mean=self._pixels.mean,
-                std=self._pixels.std,
-                where=self.where,
-            )
-        }
+        preprocess = self.request.config.preprocess
+        spec = image_spec(
+            preprocess,
+            size,
+            interpolation=self._pixels.interpolation,
+            mean=self._pixels.mean,
+            std=self._pixels.std,
+            where=self.where,
+        )
+        if preprocess.geometry == "teacher":
+            own = self._own_transform(spec)
+            make_transform(own)
+            spec = replace(spec, own=own)
+        return {self._input.name: spec}
+
+    def _own_transform(self, spec: ImageSpec) -> str:
+        """Returns the model's own evaluation transform, as `tell_transform` tells it.
+
+        Args:
+            spec: its size, interpolation, mean and std, the job's where it gives any.
+
+        Raises:
+            TeacherError: the family has none.
+        """
+        del spec
+        raise TeacherError(
+            f"{self.where}.preprocess.geometry must be view for "
+            f"{self.request.config.family}:, which has no transform of its own; leave "
+            "it out"
+        )
+
+    def _check_own_geometry(self) -> None:
+        config = self.request.config.preprocess
+        for field in ("fit", "channels", "range", "divide"):
+            if getattr(config, field) is not None:
+                raise TeacherError(
+                    f"{self.where}.preprocess.{field} has no effect with `geometry: "
+                    "teacher`, which runs the model's own transform; leave one out"
+                )
 
     def _taps(
         self, model: nn.Module, batch: Mapping[str, Tensor], size: Size | None
     ) -> dict[str, Tap]:
-        wanted = {name: it.norm for name, it in self.request.config.outputs.items()}
-        return self._tap(model, batch[self._input.name], wanted)
+        outputs = self.request.config.outputs
+        wanted = {name: it.norm for name, it in outputs.items() if not it.classifier}
+        if self._classifiers:
+            wanted.setdefault(EMBEDDING, None)
+        taps = self._tap(model, batch[self._input.name], wanted)
+        for name in self._classifiers:
+            taps[name] = self._classify(name, taps[EMBEDDING].tensor)
+        return {name: taps[name] for name in outputs}
+
+    def _classify(self, name: str, embed_BC: Tensor) -> Tap:
+        classifier = self._classifiers[name]
+        channels = classifier.weight.shape[1]
+        if embed_BC.shape[1] != channels:
+            raise TeacherError(
+                f"{self.where}.outputs.{name}.classifier must have the "
+                f"{embed_BC.shape[1]} channels of this model's {EMBEDDING}, got "
+                f"{channels}, made by {classifier.model}; make one with this model's "
+                "own text tower"
+            )
+        return Tap(classifier.logits(embed_BC), None, f"zero-shot, {classifier.model}")
 
     @abstractmethod
     def _tap(

@@ -37,6 +37,7 @@ class OutputSpec:
         source: where in the model it is taken, in words.
         extent: of a bird's-eye grid whose place the model itself decides; None: it has
             none, or only the job knows it.
+        classifier: sha256 of the zero-shot classifier it comes from, if any.
     """
 
     name: str
@@ -46,6 +47,7 @@ class OutputSpec:
     norm: str | None = None
     source: str = ""
     extent: BevExtent | None = None
+    classifier: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,12 @@ class WeightsRecord:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a teacher says of itself, for `plan`, `teachers` and provenance."""
+    """What a teacher says of itself, for `plan`, `teachers` and provenance.
+
+    ``notes`` are whatever else somebody who judges its outputs has to know. ``model``
+    says which model it is, beside weights and code, where the job gives but its place.
+    ``classifiers`` is what `Classifier.to_json` says of each output that has one.
+    """
 
     num_parameters: int
     parameter_bytes: int
@@ -122,10 +129,16 @@ class Facts:
     source: str | None = None
     code_sha256: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    model: str | None = None
+    classifiers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the facts as plain JSON values."""
-        return {**asdict(self), "versions": dict(self.versions)}
+        plain = {**asdict(self), "versions": dict(self.versions)}
+        if not self.classifiers:
+            del plain["classifiers"]
+        return {**plain, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True)

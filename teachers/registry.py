@@ -11,7 +11,7 @@ A family's module has three functions:
 * ``open_teacher(request, weights, device) -> Teacher``; ``device="meta"`` reads no
   weights and answers nothing but shapes;
 * ``find_weights(request) -> WeightsRecord``: its own pretrained weights. Files, URLs
-  and random weights never reach it;
+  and random weights never reach it; a family with ``weights_at`` does not have it;
 * ``describe(name, base) -> dict``: what the command line prints of a model.
 """
 
@@ -21,13 +21,20 @@ import importlib
 import re
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Protocol, cast
+from typing import Any, Literal, Protocol, cast
 
+from manifests.student_folder import WEIGHTS_NAME
 from manifests.suggestions import close_matches
-from manifests.teacher import PreprocessConfig
-from teachers.errors import TeacherError
+from manifests.teacher import OutputConfig, PreprocessConfig
+from teachers.errors import TeacherError, WeightsNotFound
 from teachers.interface import Teacher, TeacherRequest, WeightsRecord
-from teachers.weights import Wanted, find_file, parse_wanted, random_record
+from teachers.weights import (
+    Wanted,
+    find_file,
+    parse_wanted,
+    random_record,
+    resolve,
+)
 
 ENTRY_POINTS = "teachonce.teachers"
 
@@ -44,6 +51,13 @@ class Family:
         outputs: pattern that names of its outputs match in full; None: any.
         takes_from: whether `from`, `layout`, `grid` and `method` mean something to it.
         takes_args: whether `args` do.
+        draws_sweeps: whether it looks at sweeps as images, so that `sizes` and
+            `preprocess.raster` mean something to it.
+        weights_at: where its weights lie below the place that its model names, '' for
+            that place itself; None: `weights` says where.
+        code_at: what of its model's name is code that runs: a ``file``, before the last
+            colon; a student's ``folder``; the ``weights`` themselves; None: nothing.
+        takes_classifier: whether its ``logits`` may come from a zero-shot classifier.
     """
 
     module: str
@@ -53,19 +67,25 @@ class Family:
     outputs: str | None = None
     takes_from: bool = False
     takes_args: bool = True
+    draws_sweeps: bool = False
+    weights_at: str | None = None
+    code_at: Literal["file", "folder", "weights"] | None = None
+    takes_classifier: bool = False
 
 
 FAMILIES: dict[str, Family] = {
     "timm": Family(
         "teachers.timm_family",
         "timm:NAME[.TAG], any timm model that gives features",
-        outputs=r"cls|pooled|patch|logits|(layer|level)\d+",
+        outputs=r"cls|pooled|embed|patch|logits|(layer|level)\d+",
+        takes_classifier=True,
     ),
     "open_clip": Family(
         "teachers.open_clip_family",
         "open_clip:NAME, the image tower of a contrastive model; weights: its tag",
-        outputs=r"embed|pooled|cls|patch|layer\d+",
+        outputs=r"embed|pooled|cls|patch|layer\d+|logits",
         takes_args=False,
+        takes_classifier=True,
     ),
     "module": Family(
         "teachers.module_family",
@@ -73,6 +93,7 @@ FAMILIES: dict[str, Family] = {
         kinds=("image", "points", "clip"),
         groups=True,
         takes_from=True,
+        code_at="file",
     ),
     "student": Family(
         "teachers.student_family",
@@ -81,6 +102,8 @@ FAMILIES: dict[str, Family] = {
         groups=True,
         takes_from=True,
         takes_args=False,
+        weights_at=WEIGHTS_NAME,
+        code_at="folder",
     ),
     "exported": Family(
         "teachers.exported_family",
@@ -89,6 +112,8 @@ FAMILIES: dict[str, Family] = {
         groups=True,
         takes_from=True,
         takes_args=False,
+        weights_at="",
+        code_at="weights",
     ),
     "pointpillars": Family(
         "teachers.pointpillars_family",
@@ -101,12 +126,14 @@ FAMILIES: dict[str, Family] = {
         "range_view:NAME, any timm model on a sweep as its sensor sees it",
         kinds=("points",),
         outputs=r"cls|pooled|patch|logits|(layer|level)\d+",
+        draws_sweeps=True,
     ),
     "bev_raster": Family(
         "teachers.raster_family",
         "bev_raster:NAME, any timm model on a sweep as seen from above",
         kinds=("points",),
         outputs=r"cls|pooled|bev|logits|(layer|level)\d+",
+        draws_sweeps=True,
     ),
 }
 
@@ -114,6 +141,13 @@ _IMAGE_FIELDS = frozenset(
     {"channels", "range", "mean", "std", "divide", "interpolation", "fit"}
 )
 _POINT_FIELDS = frozenset({"points", "columns", "centre", "unit_sphere"})
+_RASTER_FIELDS = frozenset({"raster"})
+_FIELDS = {
+    "image": (_IMAGE_FIELDS, "looks at no input of kind image"),
+    "points": (_POINT_FIELDS, "is given no sweep as points"),
+    "raster": (_RASTER_FIELDS, "draws no sweep, as range_view: and bev_raster: do"),
+}
+"""What of `preprocess` is for which way of taking an input, and why it may be idle."""
 
 
 class FamilyModule(Protocol):
@@ -171,6 +205,9 @@ def find_weights(
         TeacherError: there are no such weights, or they cannot be read.
     """
     check_request(request)
+    family = FAMILIES.get(request.config.family)
+    if family is not None and family.weights_at is not None:
+        return _find_beside(request, family.weights_at, known)
     wanted: Wanted = parse_wanted(request)
     if wanted.kind == "random":
         return random_record(request, wanted.seed)
@@ -179,6 +216,20 @@ def find_weights(
     if known and known.kind == "pretrained" and known.asked == wanted.asked:
         return known
     return _load(request.config.family).find_weights(request)
+
+
+def _find_beside(
+    request: TeacherRequest, weights_at: str, known: WeightsRecord | None
+) -> WeightsRecord:
+    url = resolve(request.base, request.config.model_name).rstrip("/")
+    try:
+        return find_file(request, f"{url}/{weights_at}" if weights_at else url, known)
+    except WeightsNotFound as error:
+        what = f"a folder with {weights_at}" if weights_at else "a file"
+        raise TeacherError(
+            f"teachers.{request.name}.model must be {what} that can be read, got "
+            f"{request.config.model!r} ({error.__cause__}); correct the path"
+        ) from error
 
 
 def describe(model: str, base: str = ".") -> dict[str, Any]:
@@ -230,6 +281,8 @@ def check_request(request: TeacherRequest) -> None:
                 f"{where}.outputs.{name} must be one of those of {config.family}: "
                 f"({family.outputs.replace('|', ', ')})"
             )
+        if output.classifier is not None:
+            _check_classifier(name, output, family, where)
         for field in ("source", "layout", "grid"):
             if not family.takes_from and getattr(output, field) is not None:
                 alias = "from" if field == "source" else field
@@ -239,22 +292,49 @@ def check_request(request: TeacherRequest) -> None:
                 )
     if not family.takes_from and config.method != "forward":
         raise TeacherError(f"{where}.method is for module: teachers; leave it out")
+    if family.weights_at is not None:
+        for field in ("weights", "keys"):
+            if getattr(config, field):
+                raise TeacherError(
+                    f"{where}.{field} must be left out for {config.family}:, whose "
+                    "weights come with its model"
+                )
     if not family.takes_args and config.args:
         raise TeacherError(f"{where}.args must be empty for {config.family}:")
-    if config.sizes and "image" not in kinds:
+    # A clip's frames are taken as images are.
+    kinds = {"image" if kind == "clip" else kind for kind in kinds}
+    if family.draws_sweeps:
+        kinds = {"raster"}
+    if config.sizes and not kinds & {"image", "raster"}:
         raise TeacherError(
             f"{where}.sizes is for images; a sweep has none, leave it out"
         )
     _check_fields(config.preprocess, kinds, where)
 
 
+def _check_classifier(
+    name: str, output: OutputConfig, family: Family, where: str
+) -> None:
+    if not family.takes_classifier or name != "logits":
+        takers = [f"{one}:" for one, it in FAMILIES.items() if it.takes_classifier]
+        raise TeacherError(
+            f"{where}.outputs.{name}.classifier is for the logits of "
+            f"{' and '.join(takers)} teachers; leave it out"
+        )
+    if output.norm is not None or output.pool is not None:
+        raise TeacherError(
+            f"{where}.outputs.{name} has neither norm nor pool with a classifier; "
+            "leave them out"
+        )
+
+
 def _check_fields(config: PreprocessConfig, kinds: set[str], where: str) -> None:
     given = config.model_fields_set
-    for kind, fields in (("image", _IMAGE_FIELDS), ("points", _POINT_FIELDS)):
+    for kind, (fields, reason) in _FIELDS.items():
         if kind not in kinds and (idle := sorted(given & fields)):
             raise TeacherError(
-                f"{where}.preprocess.{idle[0]} has no effect: the teacher looks at no "
-                f"input of kind {kind}; leave it out"
+                f"{where}.preprocess.{idle[0]} has no effect: the teacher {reason}; "
+                "leave it out"
             )
 
 

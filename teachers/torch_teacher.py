@@ -32,6 +32,7 @@ from teachers.interface import (
     Teacher,
     TeacherRequest,
 )
+from teachers.zero_shot import classifier_url, read_classifier
 
 DTYPES = {
     "float32": torch.float32,
@@ -82,6 +83,11 @@ class TorchTeacher(Teacher):
         self._costs: dict[Size | None, Cost] = {}
         self._models: dict[Size | None, nn.Module] = {}
         self._lock = threading.RLock()
+        self._classifiers = {
+            name: read_classifier(url, f"{self.where}.outputs.{name}")
+            for name in request.config.outputs
+            if (url := classifier_url(request, name)) is not None
+        }
 
     @property
     def where(self) -> str:
@@ -168,10 +174,12 @@ class TorchTeacher(Teacher):
             name,
             kind,
             shape,
-            self.request.config.precision,
+            # A classifier's logits are made in float32 whatever the model runs in.
+            "float32" if config.classifier else self.request.config.precision,
             tap.norm,
             tap.source,
             tap.extent,
+            self._classifiers[name].sha256 if config.classifier else None,
         )
 
     def model(self, size: Size | None) -> nn.Module:
@@ -212,7 +220,8 @@ class TorchTeacher(Teacher):
             y, x = config.pool
             cells = tensor.reshape(num, height // y, y, width // x, x, channels)
             tensor = cells.to(torch.float32).mean((2, 4))
-        return tensor.to(self.dtype).contiguous()
+        dtype = torch.float32 if config.classifier else self.dtype
+        return tensor.to(dtype).contiguous()
 
     def _make_facts(
         self,
@@ -231,6 +240,7 @@ class TorchTeacher(Teacher):
             source=source,
             code_sha256=code_sha256,
             versions={"torch": torch.__version__, **(versions or {})},
+            classifiers={k: one.to_json() for k, one in self._classifiers.items()},
         )
 
 

@@ -12,17 +12,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.bank.open import Bank as Bank
     from pipeline.bank.open import open_bank as open_bank
+    from pipeline.bank.row_geometry import point_table as point_table
     from student_train.dataset import BankDataset as BankDataset
     from student_train.reading import Reading as Reading
 
 _PUBLIC = {
     "open_bank": "pipeline.bank.open",
     "Bank": "pipeline.bank.open",
+    "point_table": "pipeline.bank.row_geometry",
     "BankDataset": "student_train.dataset",
     "Reading": "student_train.reading",
 }
 
-__all__ = ["Bank", "BankDataset", "Reading", "__version__", "open_bank"]
+__all__ = [
+    "Bank",
+    "BankDataset",
+    "Reading",
+    "__version__",
+    "open_bank",
+    "point_table",
+]
 
 
 def __getattr__(name: str) -> Any:

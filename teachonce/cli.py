@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
             help="fields set over the YAML's",
         )
 
+    pack = verb(
+        "pack",
+        "Pack images of a folder, or files named in a list, into shards",
+        "pack photos/ data/train-{:05d}.tar --shuffle 0",
+    )
+    _pack_arguments(pack)
     index = verb(
         "index",
         "Index shards: dataset.json and dataset.parquet, which a job may name",
@@ -132,10 +138,28 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", default="report.html", help="file to write")
     teachers = verb(
         "teachers",
-        "List the teacher families, or say what one model gives",
+        "List the teacher families, say what one model gives, make its classifier",
         "teachers timm:vit_small_patch16_224",
     )
     teachers.add_argument("name", nargs="?", help="FAMILY:NAME")
+    teachers.add_argument(
+        "--classes",
+        metavar="FILE",
+        help="make a zero-shot classifier of these class names, one per line, with the "
+        "text tower of an open_clip model",
+    )
+    teachers.add_argument(
+        "--weights", metavar="TAG_OR_FILE", help="with --classes: the model's weights"
+    )
+    teachers.add_argument(
+        "--templates",
+        metavar="FILE",
+        help="with --classes: sentences with {}, one per line; omitted: the eighteen "
+        "of CLIP for CIFAR, `a photo of a {}.` and others",
+    )
+    teachers.add_argument(
+        "--to", metavar="FILE", help="with --classes: the classifier, path or URL"
+    )
     teachers.add_argument("--json", action="store_true", help=_COMMON_HELP)
     demo = verb(
         "demo",
@@ -154,6 +178,69 @@ def _parser() -> argparse.ArgumentParser:
         "--lidar-range", type=float, default=60.0, help="range of the LiDAR, metres"
     )
     return parser
+
+
+def _pack_arguments(pack: argparse.ArgumentParser) -> None:
+    pack.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="folder of images, or a list (.csv, .tsv, .jsonl) with a column per "
+        "member (jpg, cam_back.jpg, bin, cls, json): paths, or literals in cls and "
+        "json; column `key` is optional",
+    )
+    pack.add_argument(
+        "destination", metavar="DEST", help="out/train-{:05d}.tar, or a folder; any URL"
+    )
+    pack.add_argument(
+        "--prefix", default="shard", help="of names where DEST is a folder"
+    )
+    full = pack.add_mutually_exclusive_group()
+    full.add_argument("--samples-per-shard", type=int, metavar="N")
+    full.add_argument(
+        "--shard-bytes", metavar="SIZE", help="such as 1 GB; omitted: 256 MB"
+    )
+    pack.add_argument(
+        "--shuffle",
+        type=int,
+        metavar="SEED",
+        help="mix samples; needed by class folders",
+    )
+    pack.add_argument(
+        "--classes", metavar="FILE", help="classes.txt that numbers the class folders"
+    )
+    pack.add_argument(
+        "--no-labels", action="store_true", help="folders are not classes: no cls"
+    )
+    pack.add_argument(
+        "--clip",
+        type=int,
+        metavar="T",
+        help="samples of T frames: of folders, or by a list's columns clip and time",
+    )
+    pack.add_argument(
+        "--stride", type=int, default=1, metavar="S", help="frame to frame of a clip"
+    )
+    pack.add_argument(
+        "--every",
+        type=int,
+        metavar="E",
+        help="clip to clip; omitted: T * S, no overlap",
+    )
+    pack.add_argument(
+        "--sweeps",
+        type=int,
+        metavar="N",
+        help="the last N sweeps as one `bin` with a column time_lag, by a list's "
+        "columns clip, time and pose (4 x 4, lidar to world); lines without a key are "
+        "history alone",
+    )
+    pack.add_argument(
+        "--columns", help="float32 columns of a sweep; omitted: x,y,z,intensity"
+    )
+    pack.add_argument(
+        "--overwrite", action="store_true", help="replace all shards of that name"
+    )
+    pack.add_argument("--json", action="store_true", help=_COMMON_HELP)
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:
@@ -215,7 +302,8 @@ def _run(args: argparse.Namespace) -> int:
         code: int = module.run(args)
         return code
     except KeyboardInterrupt:
-        print("teachonce: stopped; the same command goes on from here", file=sys.stderr)
+        again = "starts anew" if args.verb == "pack" else "goes on from here"
+        print(f"teachonce: stopped; the same command {again}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # Teachers' threads may be deep in a kernel; commits are whole by construction.

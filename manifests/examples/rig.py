@@ -58,4 +58,5 @@ class Rig(nn.Module):
         )
         index = cell_BP1.expand_as(features_BPC)
         grid_BNC = empty_BNC.scatter_reduce(1, index, features_BPC, "amax")
-        return grid_BNC.masked_fill(grid_BNC <= -1e4, 0)
+        cells_BNC: Tensor = grid_BNC.masked_fill(grid_BNC <= -1e4, 0)
+        return cells_BNC

@@ -44,6 +44,18 @@ def render_card(url: str, record: BankRecord) -> str:
         lines.append(
             f"| {path} | {shape} | {output.encoding['encoding']} | {output.dtype} |"
         )
+    unaligned = [
+        layout.level_path(entry, size)
+        for entry in record.passes
+        for size in dict.fromkeys(output.size for output in entry.outputs)
+        if entry.has_own_geometry(size)
+    ]
+    if unaligned:
+        lines += [
+            "",
+            f"Not aligned: {', '.join(dict.fromkeys(unaligned))} hold "
+            f"{layout.OWN_GEOMETRY}, nor on the grids of other teachers.",
+        ]
     lines += [
         "",
         "Open it with anything that reads Zarr v3:",

@@ -29,6 +29,7 @@ LogicalDtype = Literal["float32", "bfloat16", "float16", "uint32"]
 
 NON_FINITE = "non_finite"
 OVERFLOW_FLOAT16 = "overflow_float16"
+ALL_PADDING = "all_padding"
 
 BFLOAT16_MISSING = 0x7FC0
 
@@ -263,24 +264,32 @@ def with_missing(
 
 
 def mask_cells(
-    encoding: Encoding, encoded: Encoded, cells: npt.NDArray[np.bool_]
+    encoding: Encoding,
+    encoded: Encoded,
+    cells: npt.NDArray[np.bool_],
+    usable: npt.NDArray[np.bool_],
 ) -> Encoded:
-    """Returns stored rows in which some cells of a grid are missing.
+    """Returns stored rows in which some cells are missing.
+
+    A usable row without a cell that is left is refused: it would read as missing.
 
     Args:
-        encoding: of a grid.
+        encoding: of a grid or of frames.
         encoded: of some rows; not changed.
-        cells: (rows, y, x), which cells are missing.
+        cells: (rows, y, x) or (rows, t, y, x), which cells are missing.
+        usable: (rows,).
     """
     if not cells.any():
         return encoded
+    empty = cells.reshape(len(cells), -1).all(axis=1) & usable
+    refused = {**dict.fromkeys(row_numbers(empty), ALL_PADDING), **encoded.refused}
     arrays = {}
     specs = encoding.arrays("", 1)
     for spec, (suffix, values) in zip(specs, encoded.arrays.items(), strict=True):
         masked = values.copy()
         masked[cells] = np.nan if spec.fill == "NaN" else spec.fill
         arrays[suffix] = masked
-    return Encoded(arrays, encoded.refused)
+    return Encoded(arrays, refused)
 
 
 def to_float32(values: Array, dtype: LogicalDtype) -> npt.NDArray[np.float32]:

@@ -14,7 +14,12 @@ from manifests.storage import Store
 from pipeline.bank.arrays import ArraySpec, group_metadata, metadata, resized
 from pipeline.bank.record import FEATURES
 from pipeline.bank.row_arrays import RowArray
+from pipeline.samples.photometric import DEFINITION, PARAMETERS
 
+OWN_GEOMETRY = (
+    "the teacher's own resize and crop of the whole image: grids do not lie on the "
+    "boxes in views/"
+)
 KEY = RowArray("key", "str", "")
 FLIP = RowArray("views/flip", "bool", False, has_view=True)
 
@@ -101,8 +106,23 @@ def calibration_arrays(name: str) -> tuple[RowArray, RowArray]:
     )
 
 
+def time_array(name: str) -> RowArray:
+    """Returns the times of an input in seconds."""
+    attributes = {"unit": "s"}
+    return RowArray(f"calibration/{name}_time", "float64", "NaN", attributes=attributes)
+
+
 YAW = RowArray("views/yaw", "float64", "NaN", has_view=True, attributes={"unit": "rad"})
 SCALE = RowArray("views/scale", "float64", "NaN", has_view=True)
+PHOTOMETRIC = RowArray(
+    "views/photometric",
+    "float64",
+    "NaN",
+    (len(PARAMETERS),),
+    ("photometric_parameter",),
+    has_view=True,
+    attributes={"parameters": list(PARAMETERS), "definition": DEFINITION},
+)
 
 
 def row_arrays(record: BankRecord) -> list[RowArray]:
@@ -113,8 +133,12 @@ def row_arrays(record: BankRecord) -> list[RowArray]:
             found += [box_array(name), size_array(name)]
             if entry.config.get("calibration"):
                 found += calibration_arrays(name)
+        if entry.config.get("timestamp"):
+            found.append(time_array(name))
     if any(entry.config["kind"] == "points" for entry in record.inputs.values()):
         found += [YAW, SCALE]
+    if record.views.get("photometric") is not None:
+        found.append(PHOTOMETRIC)
     for name, config in record.labels.items():
         found.append(label_array(name, config.get("num_classes") is not None))
     return found + [valid_array(level) for level in levels(record)]
@@ -131,7 +155,8 @@ def _groups(record: BankRecord) -> dict[str, dict[str, object]]:
     groups: dict[str, dict[str, object]] = {"": dict(root), "views": {}}
     if record.labels:
         groups["labels"] = {}
-    if any(entry.config.get("calibration") for entry in record.inputs.values()):
+    configs = [entry.config for entry in record.inputs.values()]
+    if any(one.get("calibration") or one.get("timestamp") for one in configs):
         groups["calibration"] = {}
     for entry in record.passes:
         if not entry.outputs:
@@ -145,6 +170,8 @@ def _groups(record: BankRecord) -> dict[str, dict[str, object]]:
         for size in dict.fromkeys(output.size for output in entry.outputs):
             level = level_path(entry, size)
             groups[level] = {"preprocess": entry.provenance["preprocess"][size]}
+            if entry.has_own_geometry(size):
+                groups[level]["geometry"] = OWN_GEOMETRY
             groups[f"{level}/stats"] = {}
     return groups
 

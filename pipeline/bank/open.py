@@ -19,6 +19,7 @@ from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.blocks import BankArray, read_values
+from pipeline.bank.classifiers import SUFFIX, StoredClassifier, classifier_arrays
 from pipeline.bank.commits import read_blocks, read_commits
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.record import FEATURES, open_record
@@ -218,6 +219,31 @@ class Bank:
         return {
             kind: self.whole_array(f"{level}/stats/{name}_{kind}") for kind in kinds
         }
+
+    def classifier(self, path: str) -> StoredClassifier:
+        """Returns the zero-shot classifier that an output's logits came from.
+
+        Raises:
+            BankError: they came from none, or it is gone.
+        """
+        if "classifier" not in self.output(path).definition:
+            raise BankError(
+                f"output {path} of bank {self._store.url} comes from no zero-shot "
+                "classifier; name one in a job: `logits: {classifier: FILE}`"
+            )
+        found = next(
+            one
+            for one in classifier_arrays(self.record)
+            if one.path == f"{path}{SUFFIX}"
+        )
+        return StoredClassifier(
+            weight=self.whole_array(found.path),
+            scale=found.facts["scale"],
+            bias=found.facts["bias"],
+            classes=tuple(found.facts["classes"]),
+            model=found.facts["model"],
+            sha256=found.facts["sha256"],
+        )
 
     def committed_blocks(self, path: str) -> npt.NDArray[np.int64]:
         """Returns the blocks of an output that were committed at the last finalise."""

@@ -23,7 +23,11 @@ from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.objects import decode_object, object_crc32c
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import decode_rows
-from pipeline.bank.verify_frame import damaged_metadata, damaged_rows
+from pipeline.bank.verify_frame import (
+    damaged_classifiers,
+    damaged_metadata,
+    damaged_rows,
+)
 
 _THREADS = 4
 
@@ -134,7 +138,10 @@ def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport
     report.orphans = sorted(set(sizes) - named)
     _check_table(store, record, lines, report)
     _check_rows(record, report)
-    for path, why in damaged_metadata(store, record):
+    for path, why in (
+        *damaged_metadata(store, record),
+        *damaged_classifiers(store, record, full),
+    ):
         report.problems.append(f"{path} {why}")
         report.damaged_metadata.append(path)
     if record.state is not None and not any(report.missing_blocks.values()):
@@ -227,7 +234,12 @@ def _check_missing(
             flat = is_fill.reshape(len(stored), -1)
             if not np.array_equal(~flat.all(axis=1), usable):
                 found.append((content, path, "misses other rows than its commit says"))
-            elif flat[usable].any() and output.encoding["encoding"] != "topk":
+                continue
+            if entry.pads(output.size) and output.kind in ("grid", "frames"):
+                # Cells on padding are missing, but whole, and not all of a row.
+                flat = is_fill.any(axis=-1) & ~is_fill.all(axis=-1)
+                flat = flat.reshape(len(stored), -1)
+            if flat[usable].any() and output.encoding["encoding"] != "topk":
                 found.append((content, path, "has missing values in valid rows"))
     return found
 

@@ -17,6 +17,7 @@ from manifests.errors import BankError
 from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import metadata
+from pipeline.bank.classifiers import classifier_arrays
 from pipeline.bank.record import FEATURES
 from pipeline.bank.row_index import index_path, num_index_parts, read_index_part
 
@@ -41,6 +42,28 @@ def damaged_metadata(store: Store, record: BankRecord) -> Iterator[tuple[str, st
             yield path, "is missing"
         elif not _agrees(held, fresh):
             yield path, "is damaged"
+
+
+def damaged_classifiers(
+    store: Store, record: BankRecord, full: bool
+) -> Iterator[tuple[str, str]]:
+    """Yields (path, what is wrong) of zero-shot classifiers, to be written again.
+
+    Args:
+        store: the bank's.
+        record: its record.
+        full: read them and compare their checksums.
+    """
+    for array in classifier_arrays(record):
+        held = store.read_or_none(array.metadata_path)
+        if held is None:
+            yield array.metadata_path, "is missing"
+        elif not _agrees(held, array.metadata()):
+            yield array.metadata_path, "is damaged"
+        if store.size(array.object_path) is None:
+            yield array.object_path, "is missing"
+        elif full and not _has_own_crc(store.read(array.object_path)):
+            yield array.object_path, "does not match its own crc32c"
 
 
 def _agrees(held: bytes, fresh: bytes | None) -> bool:

@@ -37,6 +37,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from pipeline.samples.errors import SampleError
+from pipeline.samples.photometric import Photometric, change_colours
 
 MAX_PIXELS = 128 * 2**20
 """Most pixels of an image, by its header."""
@@ -158,22 +159,27 @@ def resize_view(
     flip: bool,
     size: tuple[int, int],
     interpolation: Interpolation,
+    photometric: Photometric | None = None,
 ) -> np.ndarray:
-    """Returns a view of an image at one size: one resize, then the mirror.
+    """Returns a view of an image at one size: a resize, colour changes, the mirror.
 
     Args:
         image: upright RGB image.
         box: x0, y0, x1, y1 in pixels of ``image``, fractional; Pillow takes it in
-            float32. Pixels outside the box do not enter.
+            float32. Filters of its border pixels reach a little beyond it, as they do
+            where an image is resized and then cropped.
         flip: whether to mirror left and right.
         size: (height, width) of the result.
         interpolation: name of the filter, antialiased when shrinking.
+        photometric: colour changes of the view, if it has any.
 
     Returns:
         uint8 array (height, width, 3), C-contiguous.
     """
     height, width = size
     resized = image.resize((width, height), _FILTERS[interpolation], box=box)
+    if photometric is not None:
+        resized = change_colours(resized, photometric)
     pixels_HW3 = np.asarray(resized)
     if flip:
         pixels_HW3 = pixels_HW3[:, ::-1]

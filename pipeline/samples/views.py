@@ -1,6 +1,7 @@
-"""Views: the geometry that all teachers and the student share, drawn once as numbers.
+"""Views: what all teachers and the student share, drawn once as numbers: geometry and,
+where a job asks for them, colour changes.
 
-The only place where random geometry is made. A draw is a pure function of (seed, shard,
+The only place where random views are made. A draw is a pure function of (seed, shard,
 key, view) and of the input's name: blake2b makes a 128-bit key from them, Philox makes
 64-bit words from the key, and their upper 53 bits make a float64 in [0, 1). NumPy's
 distributions are not used, since their code may change; Philox is fixed by its paper.
@@ -19,6 +20,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from manifests.views import PhotometricConfig
+from pipeline.samples.photometric import NUM_DRAWS, Photometric, draw_photometric
+
 Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in upright pixels; the image spans (0, 0, width, height)."""
 
@@ -29,7 +33,7 @@ _TRIES = 10
 
 @dataclass(frozen=True)
 class View:
-    """One geometric version of a sample.
+    """One version of a sample.
 
     Attributes:
         index: 0 for the evaluation view.
@@ -37,6 +41,8 @@ class View:
         yaw: turn of sweeps about z in radians, after the flip.
         scale: factor on the coordinates of sweeps, after the turn.
         boxes: what is seen of each image input.
+        photometric: colour changes of all images; None in view 0 and where the job has
+            none.
     """
 
     index: int
@@ -44,6 +50,7 @@ class View:
     yaw: float
     scale: float
     boxes: dict[str, Box]
+    photometric: Photometric | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,8 @@ class ViewPolicy:
         yaw_rad: yaw is uniform in [-yaw_rad, yaw_rad).
         point_scale: range of the factor on a sweep's coordinates, uniform.
         view0: for each image input, whether view 0 is all of it or the centred square.
+        photometric: how colour changes of random views are drawn, None where there are
+            none. Drawn from a stream of its own: the geometry is the same without it.
     """
 
     seed: int
@@ -67,10 +76,15 @@ class ViewPolicy:
     yaw_rad: float
     point_scale: tuple[float, float]
     view0: dict[str, View0]
+    photometric: PhotometricConfig | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON object; numbers come back exactly."""
-        return {
+        """Returns a JSON object; numbers come back exactly.
+
+        ``photometric`` is left out where there is none: it came later, and banks that
+        are older keep their fingerprints.
+        """
+        data: dict[str, Any] = {
             "seed": self.seed,
             "scale": list(self.scale),
             "ratio": list(self.ratio),
@@ -79,10 +93,14 @@ class ViewPolicy:
             "point_scale": list(self.point_scale),
             "view0": dict(self.view0),
         }
+        if self.photometric is not None:
+            data["photometric"] = self.photometric.model_dump(mode="json")
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ViewPolicy:
         """Returns the policy that `to_json` wrote."""
+        photometric = data.get("photometric")
         return cls(
             seed=int(data["seed"]),
             scale=_pair(data["scale"]),
@@ -91,6 +109,7 @@ class ViewPolicy:
             yaw_rad=float(data["yaw_rad"]),
             point_scale=_pair(data["point_scale"]),
             view0=dict(data["view0"]),
+            photometric=photometric and PhotometricConfig.model_validate(photometric),
         )
 
 
@@ -154,6 +173,12 @@ def draw_view(
             )
             for name, box in boxes.items()
         },
+        photometric=None
+        if policy.photometric is None
+        else draw_photometric(
+            policy.photometric,
+            _Stream(policy.seed, shard, key, view, "photometric").uniforms(NUM_DRAWS),
+        ),
     )
 
 

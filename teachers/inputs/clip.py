@@ -65,6 +65,18 @@ class ClipSpec(InputSpec):
         images = self.frame.to_tensor(flat, device, dtype)
         return images.reshape(num, frames, *images.shape[1:])
 
+    def missing_cells(
+        self,
+        batch: NDArray[np.generic],
+        shape: tuple[int, ...],
+        pool: tuple[int, int],
+    ) -> NDArray[np.bool_] | None:
+        """Returns cells on padding, the same in all frames; see `InputSpec`."""
+        missing = self.frame.missing_cells(batch[:, 0], shape[-3:], pool)
+        if missing is None or len(shape) == 3:
+            return missing
+        return np.repeat(missing[:, None], shape[0], axis=1)
+
     def blank(self, device: torch.device | str) -> Tensor:
         """Returns zeros (1, T, 3, H, W)."""
         frame = self.frame.blank(device)

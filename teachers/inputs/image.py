@@ -8,7 +8,7 @@ Shape suffixes: B batch, H and W rows and columns, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -24,8 +24,9 @@ from pipeline.samples.fitting import padded_size
 from pipeline.samples.images import Interpolation, resize_view
 from pipeline.samples.views import View
 from teachers.errors import TeacherError
+from teachers.inputs.own_transform import run_transform
 from teachers.inputs.spec import InputSpec, as_tensor
-from teachers.interface import Size
+from teachers.interface import Size, TeacherRequest
 
 _INTERPOLATIONS = get_args(Interpolation)
 
@@ -41,6 +42,10 @@ class ImageSpec(InputSpec):
     below, is 0 after that arithmetic, and a fourth channel of a prepared row is 255
     where there is picture.
 
+    With ``own`` it is the model's own evaluation transform instead, told as
+    `teachers.inputs.own_transform` does, of the whole image and for view 0 alone;
+    ``interpolation``, ``mean`` and ``std`` then say what that one was given.
+
     Source: Kirillov et al., Segment Anything (2023), appendix A, for ``pad``.
     """
 
@@ -54,55 +59,67 @@ class ImageSpec(InputSpec):
     divide: float = 1.0
     kind: Literal["image"] = "image"
     pad: bool = False
+    own: str | None = None
 
-    omitted: ClassVar[dict[str, Any]] = {"pad": False}
+    omitted: ClassVar[dict[str, Any]] = {"pad": False, "own": None}
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """(H, W, 3); with padding (H, W, 4)."""
+        """(H, W, 3); with padding (H, W, 4); of an own transform (3, H, W)."""
+        if self.own is not None:
+            return 3, self.height, self.width
         return self.height, self.width, 4 if self.pad else 3
 
     @property
     def row_dtype(self) -> np.dtype[Any]:
-        """Bytes: colour arithmetic comes later."""
-        return np.dtype(np.uint8)
+        """Bytes: colour arithmetic comes later; float32 of an own transform."""
+        return np.dtype(np.uint8 if self.own is None else np.float32)
 
     @property
     def geometry(self) -> Hashable:
         """Teachers that differ only in colour arithmetic share their pixels."""
+        if self.own is not None:
+            return ("image", self.own)
         shape = (self.height, self.width, self.pad)
         return ("image", *shape, self.interpolation)
 
     def prepare(self, value: Decoded, view: View, name: str) -> NDArray[np.generic]:
-        """Returns uint8 `row_shape` in R, G, B; see `InputSpec.prepare`."""
+        """Returns a row in R, G, B; see `InputSpec.prepare`."""
         assert isinstance(value, Image.Image)
+        if self.own is not None:
+            assert view.index == 0, "an own transform has no random views"
+            return run_transform(self.own, value)
         interpolation = cast(Interpolation, self.interpolation)
         size, box = (self.height, self.width), view.boxes[name]
         if not self.pad:
-            return resize_view(value, box, view.flip, size, interpolation)
+            return resize_view(
+                value, box, view.flip, size, interpolation, view.photometric
+            )
         rows, columns = padded_size(box, size)
-        picture = resize_view(value, box, view.flip, (rows, columns), interpolation)
+        picture = resize_view(
+            value, box, view.flip, (rows, columns), interpolation, view.photometric
+        )
         row_HW4 = np.zeros((*size, 4), np.uint8)
         row_HW4[:rows, :columns, :3] = picture
         row_HW4[:rows, :columns, 3] = 255
         return row_HW4
 
     def missing_cells(
-        self, batch: NDArray[np.generic], grid: tuple[int, int], pool: tuple[int, int]
-    ) -> NDArray[np.bool_]:
-        """Returns which cells of a grid lie on padding: (B, rows, columns).
+        self,
+        batch: NDArray[np.generic],
+        shape: tuple[int, ...],
+        pool: tuple[int, int],
+    ) -> NDArray[np.bool_] | None:
+        """Returns which cells lie on padding; see `InputSpec.missing_cells`.
 
         A cell does if its centre does; a pooled one if any of its cells does.
-
-        Args:
-            batch: prepared rows of a spec that pads.
-            grid: rows and columns, after pooling.
-            pool: cells that are pooled, (y, x).
         """
-        (rows, columns), (y, x) = grid, pool
+        if not self.pad:
+            return None
+        (rows, columns), (y, x) = shape[-3:-1], pool
         at_y = ((np.arange(rows * y) + 0.5) * self.height / (rows * y)).astype(int)
         at_x = ((np.arange(columns * x) + 0.5) * self.width / (columns * x)).astype(int)
-        is_padding = batch[:, at_y][:, :, at_x, 3] == 0
+        is_padding = batch[..., 3][:, at_y[:, None], at_x] == 0
         cells = is_padding.reshape(len(batch), rows, y, columns, x)
         found: NDArray[np.bool_] = cells.any(axis=(2, 4))
         return found
@@ -120,6 +137,8 @@ class ImageSpec(InputSpec):
         float32, and keep their channels last in memory (a third of the time of
         channels-first on a CPU: the arithmetic then runs along whole rows of pixels).
         """
+        if self.own is not None:
+            return as_tensor(batch, device).to(dtype)
         pixels_BHWC = as_tensor(batch, device)
         picture_BHW1 = pixels_BHWC[..., 3:] != 0
         pixels_BHWC = pixels_BHWC[..., :3]
@@ -201,3 +220,45 @@ def image_spec(
         divide=1.0 if config.divide is None else config.divide,
         pad=config.fit == "pad",
     )
+
+
+def check_views_of_images(
+    request: TeacherRequest, specs: Mapping[str, InputSpec]
+) -> None:
+    """Checks that `fit: pad` and `geometry: teacher` mean what they say to a teacher.
+
+    Args:
+        request: of the teacher.
+        specs: how it takes each of its inputs at one size.
+
+    Raises:
+        TeacherError: padding that outputs of the teacher cannot be told of, or a family
+            that has no transform of its own.
+    """
+    config, where = request.config, f"teachers.{request.name}"
+    frames = [
+        frame
+        for spec in specs.values()
+        if isinstance(frame := getattr(spec, "frame", spec), ImageSpec)
+    ]
+    if any(frame.pad for frame in frames):
+        if len(specs) > 1:
+            raise TeacherError(
+                f"{where}.preprocess.fit must not be pad with several inputs "
+                f"({', '.join(specs)}): which cells lie on whose padding is not known; "
+                "use tokens or squash"
+            )
+        for name, output in config.outputs.items():
+            if output.extent is not None:
+                raise TeacherError(
+                    f"{where}.preprocess.fit must not be pad with the bird's-eye grid "
+                    f"{name}: its cells are not those of the image; use tokens or "
+                    "squash"
+                )
+    is_own = bool(frames) and all(frame.own is not None for frame in frames)
+    if config.preprocess.geometry == "teacher" and not is_own:
+        raise TeacherError(
+            f"{where}.preprocess.geometry must be view for {config.family}: only "
+            "single images of timm and open_clip models have a transform of their "
+            "own; leave it out"
+        )

@@ -101,7 +101,10 @@ class PointsSpec(InputSpec):
             given = np.ix_(np.flatnonzero(rows >= 0), np.array(xyz))
             coordinates = points_PC[given]
             if self.centre:
-                coordinates = coordinates - coordinates.mean(axis=0, dtype=np.float32)
+                # In float64 the mean of equal points is that point: what is left of one
+                # point, repeated, is 0 and no rounding that `unit_sphere` blows up.
+                mean = coordinates.mean(axis=0, dtype=np.float64)
+                coordinates = coordinates - mean.astype(np.float32)
             if self.unit_sphere:
                 radius = np.sqrt((coordinates**2).sum(axis=1, dtype=np.float32)).max()
                 coordinates = coordinates / np.maximum(radius, np.float32(_MIN_RADIUS))

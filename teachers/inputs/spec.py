@@ -82,6 +82,25 @@ class InputSpec(ABC):
     def blank(self, device: torch.device | str) -> Tensor:
         """Returns a float32 batch of one, of the shape that `to_tensor` gives."""
 
+    def missing_cells(
+        self,
+        batch: NDArray[np.generic],
+        shape: tuple[int, ...],
+        pool: tuple[int, int],
+    ) -> NDArray[np.bool_] | None:
+        """Returns which cells of an output show nothing; None where all show something.
+
+        Args:
+            batch: (B, *row_shape) prepared rows.
+            shape: of the output, (y, x, C) or (t, y, x, C), after pooling.
+            pool: cells that are pooled, (y, x).
+
+        Returns:
+            (B, y, x) or (B, t, y, x).
+        """
+        del batch, shape, pool
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """Returns its fields, for provenance."""
         fields = asdict(self)

@@ -213,7 +213,7 @@ class _Drawing:
 
     def _compared(self, row: ShownRow, output: ShownOutput) -> Group:
         """Returns a teacher's grid, and what each run's head makes of it."""
-        size = self._map_size(row, output.inputs)
+        size = self._map_size(row, output.inputs, output.entry.shape)
         figures = [
             _map(picture, size, caption, f"{caption}: {output.path} of {row.key}")
             for caption, picture in self._pair(row, output)
@@ -272,12 +272,15 @@ class _Drawing:
                 figures.append(_map(basis.colours(grid), size, caption, alt))
         return Group("Students' own tokens, each in its own colours", tuple(figures))
 
-    def _map_size(self, row: ShownRow, inputs: Sequence[str]) -> tuple[int, int]:
-        """Returns the size of a map in the aspect of the image that it lies on."""
+    def _map_size(
+        self, row: ShownRow, inputs: Sequence[str], shape: Sequence[int] = (1, 1)
+    ) -> tuple[int, int]:
+        """Returns the size of a map: the image's that it lies on, else by its cells."""
         for name in inputs:
             if name in row.images:
                 return _shown_size(row, name)
-        return _MAP_WIDTH, _MAP_WIDTH
+        height = round(_MAP_WIDTH * shape[0] / shape[1])
+        return min(max(height, _MAP_WIDTH // 8), _HIGHEST), _MAP_WIDTH
 
 
 def _farthest(shown: Sequence[ShownRow]) -> float | None:
@@ -298,7 +301,7 @@ def _farthest(shown: Sequence[ShownRow]) -> float | None:
 
 
 def _title(output: ShownOutput) -> str:
-    shape = output.entry.shape
+    shape = output.entry.shape[-3:]
     where = f"{shape[0]} x {shape[1]} cells of {shape[2]} channels"
     if is_logits(output.entry.name):
         return f"{output.path}: {where}, in the colour of the largest"

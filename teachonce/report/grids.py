@@ -70,6 +70,8 @@ class ShownOutput:
 def read_outputs(bank: Bank, rows: Sequence[int]) -> list[ShownOutput]:
     """Returns every grid output of view 0 on some rows, in the order of the bank.
 
+    Of frames it is the first frame's.
+
     One output of a teacher has one space and one set of colours on all its inputs: six
     cameras can be compared.
 
@@ -79,7 +81,8 @@ def read_outputs(bank: Bank, rows: Sequence[int]) -> list[ShownOutput]:
     """
     found: dict[tuple[str, ...], list[_Stored]] = {}
     for path in bank.outputs:
-        if bank.output(path).kind == "grid" and SHOWN_VIEW in bank.views_of(path):
+        is_map = bank.output(path).kind in ("grid", "frames")
+        if is_map and SHOWN_VIEW in bank.views_of(path):
             teacher, _, size, name = path.split("/")
             one = _read_output(bank, path, rows)
             found.setdefault((teacher, size, name), []).append(one)
@@ -101,6 +104,7 @@ def _read_output(bank: Bank, path: str, rows: Sequence[int]) -> _Stored:
     raw: dict[int, np.ndarray] = {}
     problems: list[str] = []
     size = bank.record.block_rows
+    has_frames = bank.output(path).kind == "frames"
     try:
         valid = bank.validity(path)
     except TeachOnceError as error:
@@ -115,7 +119,8 @@ def _read_output(bank: Bank, path: str, rows: Sequence[int]) -> _Stored:
         for row in rows:
             # A copy: the block is let go of.
             if row // size == block and valid[row]:
-                raw[row] = _picture(values[row % size]).copy()
+                found = values[row % size]
+                raw[row] = _picture(found[0] if has_frames else found).copy()
     return _Stored(path, raw, tuple(problems))
 
 

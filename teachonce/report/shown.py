@@ -15,15 +15,16 @@ from PIL import Image
 from pydantic import TypeAdapter
 
 from manifests.errors import TeachOnceError
-from manifests.inputs import ImageInput, InputConfig, PointsInput
+from manifests.inputs import ClipInput, ImageInput, InputConfig, PointsInput
 from manifests.recipe import Interpolation
 from pipeline.bank.open import Bank
 from pipeline.bank.record import view_policy_of
 from pipeline.samples.calibration import Calibration, calibration_for_view, project
+from pipeline.samples.clips import decode_clip
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import decode_image, resize_view
 from pipeline.samples.members import find_member, members_of
-from pipeline.samples.points import decode_sweep
+from pipeline.samples.points import read_sweep
 from pipeline.samples.shards import Sample
 from pipeline.samples.views import View, draw_view
 from student_train.shard_copies import ShardCopies
@@ -48,7 +49,7 @@ class ShownRow:
         key: of the sample.
         shard: that it lies in; '' where that is not known.
         view: view 0 of it; None where nothing was read.
-        images: upright images by input.
+        images: upright images by input; of a clip its first frame.
         sweeps: (N, 3) x, y, z in metres by input, in the view.
         calibration: of the full images, where it is known.
         problems: what could not be read, a line each.
@@ -244,12 +245,16 @@ def _decode_images(
                 images[name] = decode_image(find_member(sample, members_of(config)))
             except SampleError as error:
                 problems.append(f"{name}: {error}")
+        elif isinstance(config, ClipInput):
+            try:
+                images[name] = decode_clip(sample, config)[0]
+            except SampleError as error:
+                problems.append(f"{name}: {error}")
     return images, problems
 
 
 def _decode_sweep(sample: Sample, config: PointsInput, view: View) -> np.ndarray:
     """Returns x, y and z of a sweep in the view, (N, 3) float32."""
-    data = find_member(sample, members_of(config))
-    sweep = decode_sweep(data, config).in_view(view)
+    sweep = read_sweep(sample, config).in_view(view)
     axes = [sweep.columns.index(axis) for axis in ("x", "y", "z")]
     return sweep.points[:, axes]

@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from pipeline.bank.layout import OWN_GEOMETRY
 from pipeline.bank.record import open_record
 from pipeline.info import bank_facts
 from teachonce.verbs import text
@@ -62,9 +63,16 @@ def print_facts(facts: dict[str, Any]) -> None:
     ]
     head = ("output", "row", "dtype", "encoding", "dead channels")
     print("\n" + text.table(head, outputs) + "\n")
+    for path, one in facts["outputs"].items():
+        if not one["aligned"]:
+            print(f"own      {path}: {OWN_GEOMETRY}")
     for name, one in facts["passes"].items():
         for reason, count in (one["invalid"] or {}).items():
             print(f"invalid  {name}: {count} rows {reason}")
+    for name, one in facts["points"].items():
+        if one["dropped"]:
+            total = one["usable"] + one["dropped"]
+            print(f"points   {name}: {one['dropped']:,} of {total:,} points dropped")
     if facts["faults_without_row"]:
         print(f"faults   {facts['faults_without_row']} things in shards got no row")
     for name, why in facts["damaged_shards"].items():

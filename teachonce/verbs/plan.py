@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from manifests.job import Job
@@ -12,6 +13,7 @@ from manifests.storage import Store
 from pipeline.bank.layout import level_path
 from pipeline.beam_options import check_options, complete_options
 from pipeline.estimate import Estimate, check_limits, estimate
+from pipeline.fits import Fit, fits_of
 from pipeline.plan import Plan
 from pipeline.precompute import plan_with_progress
 from teachonce.verbs import text
@@ -25,6 +27,7 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_with_progress(job, needs_weights=False)
     numbers = estimate(plan)
     check_limits(plan, numbers, Store(job.bank))
+    fits = fits_of(plan)
     if args.json:
         facts = asdict(numbers)
         facts["bank"] = job.bank
@@ -42,16 +45,19 @@ def run(args: argparse.Namespace) -> int:
             }
             for entry in plan.record.passes
         }
+        facts["fits"] = [asdict(fit) for fit in fits]
         facts["missing_weights"] = dict(plan.missing_weights)
         text.print_json(facts)
     else:
-        print_plan(job, plan, numbers)
+        print_plan(job, plan, numbers, fits)
     for message in plan.missing_weights.values():
         print(f"missing  {message}", file=sys.stderr)
     return 1 if plan.missing_weights else 0
 
 
-def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
+def print_plan(
+    job: Job, plan: Plan, numbers: Estimate, fits: Sequence[Fit] = ()
+) -> None:
     """Prints a plan for people."""
     print(f"bank     {job.bank}" + ("" if plan.existing else " (new)"))
     print(
@@ -80,6 +86,8 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
             )
     head = ("output", "row", "dtype", "encoding", "views", "batch", "bytes at most")
     print("\n" + text.table(head, rows) + "\n")
+    if fits:
+        print_fits(fits)
     if plan.is_done:
         print("nothing to do: the bank has all of it")
         return
@@ -104,3 +112,30 @@ def print_plan(job: Job, plan: Plan, numbers: Estimate) -> None:
             "         two blocks do not fit the budget, so reading and running "
             "teachers cannot overlap: raise engine.memory or set block_rows lower"
         )
+
+
+def print_fits(fits: Sequence[Fit]) -> None:
+    """Prints how inputs fit the boxes of views, and what was not asked for."""
+    rows = [
+        (
+            one.level,
+            one.input,
+            " x ".join(map(str, one.size)),
+            ", ".join(f"{rows} x {columns}" for rows, columns in one.grids),
+            one.fit,
+            text.share(one.distortion),
+            text.share(one.upsampled),
+            text.share(one.upsampled_random),
+            text.share(one.padding),
+        )
+        for one in fits
+    ]
+    head = ("level", "input", "size", "grid", "fit", "distorted", "enlarged")
+    print(text.table((*head, "random enlarged", "padding"), rows) + "\n")
+    for one in fits:
+        if one.is_unasked:
+            print(
+                f"warning  {one.level} distorts {one.input} by "
+                f"{text.share(one.distortion)} (at most 5.0 % unless asked for): give "
+                "the teacher other `sizes`, or say `preprocess: {fit: squash}` or pad"
+            )

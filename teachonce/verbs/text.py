@@ -16,6 +16,11 @@ def size(number: float) -> str:
     raise AssertionError
 
 
+def share(value: float | None) -> str:
+    """Returns a share for people, ``12.5 %``; nothing for None."""
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Returns an aligned text table; numbers are given as text already."""
     cells = [list(head), *([str(cell) for cell in row] for row in rows)]

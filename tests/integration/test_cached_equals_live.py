@@ -149,6 +149,16 @@ def losses_of(bank: Path, run: Path, overrides, **fields) -> list[tuple[int, flo
     return losses
 
 
+COLOURS = {
+    "brightness": 0.4,
+    "contrast": 0.4,
+    "saturation": 0.2,
+    "hue": 0.1,
+    "grey": 0.3,
+    "blur": 0.5,
+    "blur_sigma": [0.01, 0.05],
+    "solarize": 0.3,
+}
 RAW = {"logits": {"encoding": "raw"}, "patch": {"from": "body", "encoding": "raw"}}
 
 
@@ -162,9 +172,38 @@ def raw_bank(tmp_path_factory):
     return once(tmp_path_factory, "raw", make)
 
 
+@pytest.fixture(scope="module")
+def colour_bank(tmp_path_factory):
+    """As `raw_bank`, whose random views change colours too."""
+
+    def make(folder):
+        net = {"model": "module:./nets.py:Net", "weights": "random:1", "batch": 4}
+        teachers = {"net": {**net, "sizes": [[16, 16]], "outputs": RAW}}
+        return plain_bank(
+            folder, teachers=teachers, views={"random": 2, "photometric": COLOURS}
+        )
+
+    return once(tmp_path_factory, "colour", make)
+
+
+def test_the_same_losses_in_other_colours(colour_bank, raw_bank, tmp_path, monkeypatch):
+    same_losses(colour_bank, "epoch", tmp_path, monkeypatch)
+    # The comparison is not blind to colours: the geometry of both banks is one.
+    monkeypatch.undo()
+    colours, plain = (
+        losses_of(bank, tmp_path / bank.parent.name, ["loader.view=1"])[0][1]
+        for bank in (colour_bank, raw_bank)
+    )
+    assert colours != pytest.approx(plain, rel=1e-3)
+
+
 @pytest.mark.parametrize("view", ["0", "epoch"])
 def test_the_same_losses_with_the_live_teacher(view, raw_bank, tmp_path, monkeypatch):
     """Grid and vector, in the evaluation view and in random ones; 6 and 24 rows."""
+    same_losses(raw_bank, view, tmp_path, monkeypatch)
+
+
+def same_losses(raw_bank, view, tmp_path, monkeypatch):
     targets = {
         "patch": {**PATCH, "grid": "teacher"},
         "logits": LOGITS,

@@ -169,7 +169,7 @@ def test_kitti_cameras_and_sweeps(shared_data, tmp_path):
             "lidar": {"kind": "points", "member": "bin"},
         },
         "teachers": {
-            "street": street_teacher(folder, [256, 832]),
+            "street": street_teacher(folder, [384, 1248]),
             "pointnet": point_teacher(folder),
         },
     }
@@ -178,8 +178,8 @@ def test_kitti_cameras_and_sweeps(shared_data, tmp_path):
     assert outcome.record.inputs["cam"].view0 == "full"
     assert outcome.record.inputs["cam"].aspect == pytest.approx(1242 / 375, rel=0.01)
     # Published weights, real streets: the lower middle of a KITTI image is road.
-    logits = read_all(bank, "street/cam/256x832/logits")
-    road = logits[:, 26:31, 42:62].argmax(-1) == 0
+    logits = read_all(bank, "street/cam/384x1248/logits")
+    road = logits[:, 39:46, 62:94].argmax(-1) == 0
     print(f"\nESPNet: {road.mean():.0%} of the cells ahead of the car are road")
     assert road.mean() > 0.75
     pooled = read_all(bank, "pointnet/lidar/native/pooled")

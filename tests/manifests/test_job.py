@@ -81,6 +81,16 @@ def test_calibration_needs_metadata():
     assert make(inputs=inputs, metadata="json").inputs["cam"].calibration
 
 
+@pytest.mark.parametrize("kind", ["image", "points"])
+def test_times_need_metadata(kind):
+    inputs = {"one": {"kind": kind, "member": "bin", "timestamp": "t"}}
+    with pytest.raises(
+        ValidationError, match=r"inputs.one.timestamp needs `metadata: "
+    ):
+        make(inputs=inputs)
+    assert make(inputs=inputs, metadata="json").inputs["one"].timestamp == "t"
+
+
 def test_points_have_x_y_and_z_once():
     for columns in (["x", "y"], ["x", "y", "z", "x"], []):
         with pytest.raises(ValidationError, match="must hold x, y, z once each"):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import fsspec
 import pytest
 import yaml
 
@@ -58,6 +60,9 @@ def test_relative_paths_start_at_the_yaml(tmp_path, monkeypatch):
             "tag": {**NET, "weights": "webli"},
             "seed": {**NET, "weights": "random:3"},
             "code": {**NET, "model": "module:code/net.py:Net"},
+            "proxy": {**NET, "model": "student:../runs/proxy/student"},
+            "there": {**NET, "model": "student:gs://acme/proxy"},
+            "program": {**NET, "model": "exported:./net.pt2"},
         },
     }
     job = load_job(write(tmp_path, **fields))
@@ -74,10 +79,38 @@ def test_relative_paths_start_at_the_yaml(tmp_path, monkeypatch):
         "tag": "webli",
         "seed": "random:3",
         "code": None,
+        "proxy": None,
+        "there": None,
+        "program": None,
     }
     code = job.teachers["code"]
     assert code.model == f"module:{tmp_path}/code/net.py:Net"
     assert (code.family, code.model_name) == ("module", f"{tmp_path}/code/net.py:Net")
+    assert (
+        job.teachers["proxy"].model == f"student:{tmp_path.parent}/runs/proxy/student"
+    )
+    assert job.teachers["there"].model == "student:gs://acme/proxy"
+    assert job.teachers["program"].model == f"exported:{tmp_path}/net.pt2"
+
+
+def test_relative_paths_of_a_job_in_a_store():
+    models = {
+        "proxy": "student:../runs/proxy/student",
+        "program": "exported:./net.pt2",
+        "code": "module:net.py:Net",
+        "local": "student:/data/student",
+    }
+    teachers = {name: {**NET, "model": model} for name, model in models.items()}
+    with fsspec.open("memory://acme/jobs/job.yaml", "w") as file:
+        file.write(yaml.safe_dump({**MINIMAL, "teachers": teachers}))
+    job = load_job("memory://acme/jobs/job.yaml")
+    assert {name: one.model for name, one in job.teachers.items()} == {
+        "proxy": "student:memory://acme/runs/proxy/student",
+        "program": "exported:memory://acme/jobs/net.pt2",
+        "code": "module:memory://acme/jobs/net.py:Net",
+        "local": "student:/data/student",
+    }
+    assert job.bank == "memory://acme/jobs/bank"
 
 
 @pytest.mark.parametrize(
@@ -87,6 +120,8 @@ def test_relative_paths_start_at_the_yaml(tmp_path, monkeypatch):
         ("../b.tar", "/x/y", "/x/b.tar"),
         ("./b.tar", "gs://acme/jobs", "gs://acme/jobs/b.tar"),
         ("/b.tar", "gs://acme/jobs", "/b.tar"),
+        ("../b.tar", "gs://acme/jobs", "gs://acme/b.tar"),
+        ("../../b/./{0..3}.tar", "s3://acme/x/y", "s3://acme/b/{0..3}.tar"),
         ("s3://acme/b.tar", "/x", "s3://acme/b.tar"),
     ],
 )
@@ -331,3 +366,39 @@ def test_json_documents(tmp_path):
         load_json(Job, b"[]", "x.json")
     with pytest.raises(ManifestError, match=r"x\.json: not JSON"):
         load_json(Job, b"[" * 100_000, "x.json")
+
+
+def test_a_classifiers_path_starts_at_the_yaml(tmp_path):
+    outputs = {
+        "embed": {},
+        "logits": {"classifier": "./zero/z.safetensors", "topk": 2},
+    }
+    job = load_job(write(tmp_path, **teacher(outputs=outputs)))
+    logits = job.teachers["net"].outputs["logits"]
+    assert logits.classifier == str(tmp_path / "zero" / "z.safetensors")
+    assert logits.topk == 2
+    assert job.teachers["net"].outputs["embed"].classifier is None
+    outputs["logits"] = {"classifier": "gs://acme/z.safetensors"}
+    job = load_job(write(tmp_path, **teacher(outputs=outputs)))
+    found = job.teachers["net"].outputs["logits"].classifier
+    assert found == "gs://acme/z.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"^(a": ""}, r"teachers.net.keys: must be a regular expression"),
+        ({"^a": r"\1"}, "invalid group reference"),
+        ({"^(?P<n>a)": r"\g<m>"}, "unknown group name"),
+    ],
+)
+def test_bad_expressions_are_refused_when_the_job_is_read(tmp_path, keys, message):
+    assert message in refused(tmp_path, **teacher(keys=keys))
+
+
+def test_good_expressions_are_kept_in_order(tmp_path):
+    keys = {"^z": None, r"^a\.(\d)": r"b.\1", "^m": ""}
+    # PyYAML sorts what it writes; JSON is YAML.
+    text = json.dumps({**MINIMAL, **teacher(keys=keys)})
+    job = load_job(write(tmp_path, text))
+    assert list(job.teachers["net"].keys.items()) == list(keys.items())

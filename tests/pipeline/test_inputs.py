@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from manifests.errors import ManifestError
 from manifests.job import Job
 from pipeline.errors import PipelineError
 from pipeline.inputs import PROBED_SHARDS, ProbedShard, resolve_input, view_policy
@@ -78,6 +79,12 @@ def test_points_have_no_box(shards):
     made = job(inputs={"lidar": LIDAR})
     entry = resolve_input("lidar", made, iter(()))
     assert entry.view0 is None
+
+
+def test_a_sweep_of_an_unknown_format_is_refused():
+    made = job(inputs={"lidar": {**LIDAR, "member": ["bin", "laz"]}})
+    with pytest.raises(ManifestError, match=r"^inputs.lidar.format must be .* 'laz'"):
+        resolve_input("lidar", made, iter(()))
 
 
 def test_no_image_at_all_is_refused_after_a_few_shards(shards):

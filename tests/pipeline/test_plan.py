@@ -84,6 +84,9 @@ def test_equal_jobs_have_equal_plans_and_others_other_fingerprints(
         fingerprint(args={"width": 4}),
     ]
     assert len({fingerprint(), *others}) == 8
+    rules = [("^a", "b"), ("^c", "d")]
+    others += [fingerprint(keys=dict(pairs)) for pairs in (rules, rules[::-1])]
+    assert len({fingerprint(), *others}) == 10
     # What says nothing about the numbers says nothing here.
     assert fingerprint(license="cc0-1.0") == fingerprint()
 

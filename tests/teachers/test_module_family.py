@@ -205,6 +205,22 @@ def test_weights_load_strictly(open_one: Open, tmp_path: Path, net_file: Path) -
         wider.model((8, 12))
 
 
+def test_keys_rename_a_checkpoint(
+    open_one: Open, tmp_path: Path, net_file: Path
+) -> None:
+    torch.manual_seed(5)
+    model = _import(net_file).Net()
+    state = {f"net.{key}": value for key, value in model.state_dict().items()}
+    torch.save(state | {"ema.x": torch.zeros(1)}, tmp_path / "w.pt")
+    with pytest.raises(TeacherError, match=r"with `keys: {'\^net\\.': '', '\^ema"):
+        _net(open_one, ["logits"], method="forward", weights="w.pt").model((8, 12))
+    keys = {r"^net\.": "", r"^ema\.": None}
+    teacher = _net(open_one, ["logits"], method="forward", weights="w.pt", keys=keys)
+    with torch.inference_mode():
+        expected = model.eval()(_image(8, 12))
+    assert torch.equal(_run(teacher, _image(8, 12))["logits"], expected)
+
+
 def test_cifar_resnet_gives_its_own_logits(open_one: Open, shared_data: Path) -> None:
     folder = shared_data / "cifar10-teachers"
     teacher = open_one(

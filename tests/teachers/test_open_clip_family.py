@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import open_clip
 import open_clip.factory
 import pytest
@@ -17,10 +18,14 @@ from torch import Tensor
 from teachers import open_clip_family
 from teachers.errors import TeacherError
 from teachers.interface import WeightsRecord
-from teachers.registry import open_teacher
+from teachers.registry import describe, find_weights, open_teacher
 from teachers.torch_teacher import TorchTeacher
 
 Open = Callable[..., TorchTeacher]
+
+SAFE = "open_clip_model.safetensors"
+CLIP_L = "timm/vit_large_patch14_clip_224"
+EVA_B = "timm/eva02_base_patch16_clip_224"
 
 TEXT = {"context_length": 8, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
 VIT = {"image_size": 64, "layers": 2, "width": 64, "patch_size": 16, "head_width": 32}
@@ -30,13 +35,25 @@ VISION: dict[str, dict[str, Any]] = {
     "tiny-vit-late-norm": {**VIT, "final_ln_after_pool": True, "pool_type": "avg"},
     "tiny-resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
     "tiny-siglip": {**TRUNK, "timm_pool": "map", "timm_proj": "none"},
+    "tiny-pe": {
+        "timm_model_name": "vit_pe_core_tiny_patch16_384",
+        "image_size": 384,
+        "timm_pool": "map",
+        "timm_proj": None,
+    },
+    "tiny-eva": {
+        "timm_model_name": "eva02_tiny_patch14_224",
+        "image_size": 224,
+        "timm_pool": "token",
+        "timm_proj": None,
+    },
     "tiny-linear": {**TRUNK, "timm_model_name": "test_resnet", "timm_proj": "linear"},
 }
 
 
 @pytest.fixture(autouse=True)
 def tiny_models(tmp_path: Path) -> Iterator[None]:
-    """Five small models that open_clip knows for the length of a test."""
+    """Small models that open_clip knows for the length of a test."""
     before = dict(open_clip.factory._MODEL_CONFIGS)
     paths = list(open_clip.factory._MODEL_CONFIG_PATHS)
     folder = tmp_path / "configs"
@@ -183,6 +200,25 @@ def test_a_file_of_the_tower_alone_loads(tmp_path: Path, open_one: Open) -> None
     assert torch.equal(_run(teacher, _image(64, 64))["embed"], expected)
 
 
+def test_keys_rename_the_checkpoint(tmp_path: Path, open_one: Open) -> None:
+    model = _whole("tiny-vit", tmp_path)
+    state = {
+        f"clip.{name.replace('visual.', 'vision.')}": value
+        for name, value in model.state_dict().items()
+    }
+    torch.save(state, tmp_path / "ours.pt")
+    keys = {r"^clip\.vision\.": "visual.", r"^clip\.": None}
+    teacher = open_one("open_clip:tiny-vit", ["embed"], weights="ours.pt", keys=keys)
+    with torch.inference_mode():
+        expected = model.encode_image(_image(64, 64))
+    assert torch.equal(_run(teacher, _image(64, 64))["embed"], expected)
+    wrong = open_one(
+        "open_clip:tiny-vit", ["embed"], weights="ours.pt", keys={"^net": ""}
+    )
+    with pytest.raises(TeacherError, match=r"t\.keys must match names.*clip\.vision"):
+        wrong.model((64, 64))
+
+
 def test_a_file_of_another_model_is_refused(tmp_path: Path, open_one: Open) -> None:
     _whole("tiny-resnet", tmp_path)
     teacher = open_one("open_clip:tiny-vit", ["embed"], weights="whole.pt")
@@ -244,6 +280,10 @@ def test_quick_gelu_is_the_tags(make_request: Callable[..., Any]) -> None:
             "timm/vit_base_patch32_clip_224.openai",
             "open_clip_model.safetensors",
         ),
+        ("ViT-B-16-SigLIP2", "webli", "timm/ViT-B-16-SigLIP2", SAFE),
+        ("ViT-L-14", "metaclip_fullcc", f"{CLIP_L}.metaclip_2pt5b", SAFE),
+        ("EVA02-B-16", "merged2b_s8b_b131k", f"{EVA_B}.merged2b_s8b_b131k", SAFE),
+        ("PE-Core-bigG-14-448", "meta", "timm/PE-Core-bigG-14-448", SAFE),
         (
             "ViT-H-14-378-quickgelu",
             "dfn5b",
@@ -297,3 +337,116 @@ def test_coca_has_no_norm_of_tokens(open_one: Open) -> None:
     )
     with pytest.raises(TeacherError, match="norm must be pre"):
         teacher.outputs((224, 224))
+
+
+NC = "cc-by-nc-4.0"
+APACHE = "apache-2.0"
+HUB = "https://huggingface.co/"
+GREY, CLIP = (0.5, 0.5, 0.5), open_clip.OPENAI_DATASET_MEAN
+
+
+@pytest.mark.parametrize(
+    ("model", "tag", "license", "fit", "mean", "embed", "pooled", "patch", "layers"),
+    [
+        ("ViT-B-16-SigLIP", "webli", APACHE, "squash", GREY, 768, 768, 14, 12),
+        (
+            "ViT-SO400M-14-SigLIP2-378",
+            "webli",
+            APACHE,
+            "squash",
+            GREY,
+            1152,
+            1152,
+            27,
+            27,
+        ),
+        (
+            "ViT-gopt-16-SigLIP2-384",
+            "webli",
+            APACHE,
+            "squash",
+            GREY,
+            1536,
+            1536,
+            24,
+            40,
+        ),
+        ("ViT-L-14", "openai", APACHE, "tokens", CLIP, 768, 1024, 16, 24),
+        ("ViT-H-14", "metaclip_fullcc", NC, "tokens", CLIP, 1024, 1280, 16, 32),
+        ("ViT-H-14-378-quickgelu", "dfn5b", None, "squash", CLIP, 1024, 1280, 27, 32),
+        (
+            "EVA02-L-14-336",
+            "merged2b_s6b_b61k",
+            "mit",
+            "tokens",
+            CLIP,
+            768,
+            1024,
+            24,
+            24,
+        ),
+        ("PE-Core-L-14-336", "meta", APACHE, "squash", GREY, 1024, 1024, 24, 24),
+        ("PE-Core-bigG-14-448", "meta", APACHE, "squash", GREY, 1280, 1536, 32, 50),
+    ],
+)
+def test_the_models_of_this_field(
+    make_request: Callable[..., Any],
+    model: str,
+    tag: str,
+    license: str | None,
+    fit: str,
+    mean: tuple[float, ...],
+    embed: int,
+    pooled: int,
+    patch: int,
+    layers: int,
+) -> None:
+    facts = describe(f"open_clip:{model}")
+    assert facts["outputs"]["embed"] == [embed]
+    assert facts["outputs"]["pooled"] == [pooled]
+    assert facts["outputs"]["patch"] == [patch, patch, pooled]
+    assert f"layer{layers - 1}" in facts["outputs"]
+    assert f"layer{layers}" not in facts["outputs"]
+    told = facts["tags"][tag]
+    assert told["source"].startswith(HUB)
+    assert told["license"] == (license or f"unknown: see {told['source']}")
+    assert (told["fit"], told["mean"]) == (fit, list(mean))
+    wanted = ["embed", "pooled", "patch", f"layer{layers // 2}"]
+    request = make_request(f"open_clip:{model}", wanted, weights=tag)
+    teacher: Any = open_teacher(request, WeightsRecord("pretrained"), "meta")
+    (size,) = teacher.sizes
+    shapes = {name: list(spec.shape) for name, spec in teacher.outputs(size).items()}
+    assert shapes == {name: facts["outputs"][name] for name in wanted}
+    assert teacher.facts.license == told["license"]
+    assert teacher.facts.source == told["source"]
+    own = open_clip.get_pretrained_cfg(model, tag)
+    spec = teacher.inputs(size)["image"]
+    assert tuple(spec.mean) == tuple(own["mean"])
+    assert tuple(spec.std) == tuple(own["std"])
+
+
+@pytest.mark.parametrize(
+    ("model", "tag", "note"),
+    [
+        ("ViT-B-32", "openai", r"\(with the file also write model: \S+-quickgelu\)"),
+        ("ViT-L-14", "laion2b_s32b_b82k", r"preprocess: {mean: \[0.5, 0.5, 0.5\]"),
+        ("ViT-H-14", "dfn5b", r"-quickgelu and preprocess: {fit: squash}\)"),
+        ("ViT-B-16-SigLIP", "webli", r"or a path; `weights: random`"),
+    ],
+)
+def test_what_a_staged_file_does_not_say_is_said(
+    make_request: Callable[..., Any],
+    hub_cache: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    model: str,
+    tag: str,
+    note: str,
+) -> None:
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    request = make_request(f"open_clip:{model}", ["embed"], weights=tag)
+    with pytest.raises(TeacherError, match=note):
+        find_weights(request)

@@ -83,7 +83,7 @@ PAIR = (GroupInput("a", "image"), GroupInput("b", "image"))
     ("model", "config", "message"),
     [
         ("timm:test_vit", {"outputs": ["bev"]}, r"outputs\.bev must be one of"),
-        ("open_clip:ViT-B-32", {"outputs": ["logits"]}, r"outputs\.logits must be one"),
+        ("open_clip:ViT-B-32", {"outputs": ["level0"]}, r"outputs\.level0 must be one"),
         (
             "timm:test_vit",
             {"outputs": {"cls": {"from": "x"}}},

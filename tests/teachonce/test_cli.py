@@ -20,6 +20,7 @@ from teachonce.verbs import text
 from tests.conftest import ROOT, run_cli, write_tar
 
 VERBS = (
+    "pack",
     "index",
     "plan",
     "precompute",

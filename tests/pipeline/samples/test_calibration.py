@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from manifests.inputs import PointsInput
 from pipeline.samples.calibration import (
     Calibration,
     calibration_for_view,
     calibration_in_view,
     parse_calibration,
+    parse_time,
     project,
 )
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import image_size
 from pipeline.samples.labels import parse_metadata
-from pipeline.samples.points import decode_points, points_in_view
+from pipeline.samples.points import decode_sweep, points_in_view
 from pipeline.samples.shards import RowSpan, index_shard, read_samples
 from pipeline.samples.views import View, ViewPolicy, draw_view
 
@@ -115,6 +117,41 @@ def test_bad_calibrations_have_a_reason(part: str, value: object, reason: str) -
         parse_calibration({"camera": camera}, "cam")
 
 
+def test_a_point_on_the_camera_s_plane_falls_nowhere(calibration: Calibration) -> None:
+    tiny = np.nextafter(-LIDAR2CAM[2][3], np.inf)
+    uv, depth = project(np.array([[tiny, -1e300, 0.0]]), calibration)
+    assert 0 < depth[0] < 1e-12
+    assert np.isinf(uv[0, 0])
+
+
+@pytest.mark.parametrize("value", [1532402927.647951, 0, -12, 5])
+def test_a_time_is_seconds(value: float) -> None:
+    time = parse_time({"lidar": {"t": value}}, "lidar.t")
+    assert isinstance(time, float)
+    assert time == value
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("1532402927.6", "not_a_number"),
+        (True, "not_a_number"),
+        (None, "not_a_number"),
+        ([1], "not_a_number"),
+        (float("nan"), "out_of_range"),
+        (float("inf"), "out_of_range"),
+        (1532402927647951, "out_of_range"),  # nuScenes writes microseconds
+        (10**400, "out_of_range"),
+    ],
+)
+def test_what_is_no_time_has_a_reason(value: object, reason: str) -> None:
+    with pytest.raises(SampleError, match=f"^{reason}: ") as raised:
+        parse_time({"t": value}, "t")
+    assert len(str(raised.value)) < 200
+    with pytest.raises(SampleError, match=r"missing: the metadata has no 'lidar.t'"):
+        parse_time({"t": value}, "lidar.t")
+
+
 @pytest.mark.parametrize("name", ["kitti", "nuscenes-percam", "nuscenes"])
 def test_real_sweeps_fall_into_real_images_as_counted(
     data_folder: Callable[[str], Path], name: str
@@ -133,7 +170,8 @@ def test_real_sweeps_fall_into_real_images_as_counted(
         metadata = json.loads(sample.members["json"])
         assert parse_metadata(sample.members["json"]) == metadata
         columns = metadata["lidar"]["columns"]
-        points = decode_points(sample.members["bin"], columns, 1.0)
+        config = PointsInput(kind="points", member="bin", columns=columns)
+        points = decode_sweep(sample.members["bin"], config).points
         assert len(points) == metadata["lidar"]["points"]
         for camera in metadata.get("cameras", ["camera"]):
             path = "camera" if camera == "camera" else f"cameras.{camera}"

@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from manifests.inputs import LabelConfig
+from manifests.inputs import LabelConfig, PointsInput
 from pipeline.samples.errors import SampleError
 from pipeline.samples.images import decode_image, image_size, resize_view
 from pipeline.samples.labels import parse_label, parse_metadata
-from pipeline.samples.points import decode_points
+from pipeline.samples.points import decode_sweep
 from pipeline.samples.shards import RowSpan, Sample, index_shard, read_samples
 
 IMAGES = ("jpg", "jpeg", "png")
+SWEEP = PointsInput(kind="points", member="bin")
 WANTED = frozenset({*IMAGES, "bin", "cls", "json"})
 PICKLE_PROOF = Path("/") / "tmp" / "hostile-pickle-ran"  # where the data puts it
 # Identity is (shard, key), so the same key in two shards is two samples.
@@ -88,8 +89,7 @@ def run(url: str, has_points: bool) -> Outcome:
             try:
                 if "bin" not in sample.members:
                     raise SampleError("missing", "no bin")
-                columns = ("x", "y", "z", "intensity")
-                decode_points(sample.members["bin"], columns, 1.0)
+                decode_sweep(sample.members["bin"], SWEEP)
                 outcome.sweeps.add(sample.key)
             except SampleError as error:
                 outcome.fault(sample.key, str(error))

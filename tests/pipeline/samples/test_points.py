@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
+from manifests.inputs import PointsInput
 from pipeline.samples.errors import SampleError
-from pipeline.samples.points import decode_points, points_in_view
+from pipeline.samples.points import decode_sweep, points_in_view, read_sweep
+from pipeline.samples.shards import Sample
 from pipeline.samples.views import View
 
 XYZI = ("x", "y", "z", "intensity")
+PLAIN = View(0, False, 0.0, 1.0, {})
+
+
+def config(**fields: Any) -> PointsInput:
+    return PointsInput(**{"kind": "points", "member": "bin", **fields})
 
 
 @pytest.fixture
@@ -23,28 +32,40 @@ def sweep_N4() -> np.ndarray:
 
 
 def test_points_come_back_with_intensity_scaled(sweep_N4: np.ndarray) -> None:
-    points = decode_points(sweep_N4.tobytes(), XYZI, 255.0)
+    sweep = decode_sweep(sweep_N4.tobytes(), config(intensity_max=255.0))
+    points = sweep.points
     assert points.dtype == np.float32
     assert points.flags.writeable
     np.testing.assert_array_equal(points[:, :3], sweep_N4[:, :3])
     np.testing.assert_array_equal(points[:, 3], sweep_N4[:, 3] / np.float32(255))
+    assert (sweep.columns, sweep.stored, sweep.num_dropped) == (XYZI, None, 0)
 
 
 def test_columns_are_found_by_name(sweep_N4: np.ndarray) -> None:
     turned = sweep_N4[:, [3, 2, 1, 0]]
-    points = decode_points(turned.tobytes(), ("intensity", "z", "y", "x"), 2.0)
+    columns = ("intensity", "z", "y", "x")
+    declared = config(columns=columns, intensity_max=2.0)
+    points = decode_sweep(turned.tobytes(), declared).points
     np.testing.assert_array_equal(points[:, 1:], turned[:, 1:])
     np.testing.assert_array_equal(points[:, 0], turned[:, 0] / 2)
 
 
-def test_rows_that_are_not_finite_are_dropped(sweep_N4: np.ndarray) -> None:
+def test_points_that_are_not_finite_are_dropped_and_counted(
+    sweep_N4: np.ndarray,
+) -> None:
     sweep_N4[3, 0], sweep_N4[9, 3], sweep_N4[11, 2] = np.nan, np.inf, -np.inf
-    points = decode_points(sweep_N4.tobytes(), XYZI, 1.0)
-    np.testing.assert_array_equal(points, np.delete(sweep_N4, [3, 9, 11], axis=0))
+    sweep = decode_sweep(sweep_N4.tobytes(), config())
+    np.testing.assert_array_equal(sweep.points, np.delete(sweep_N4, [3, 9, 11], axis=0))
+    assert sweep.num_dropped == 3
+    assert sweep.stored is not None
+    assert sweep.stored.dtype == np.int64
+    np.testing.assert_array_equal(sweep_N4[sweep.stored], sweep.points)
+    moved = sweep.in_view(View(1, True, 0.0, 1.0, {}))
+    assert (moved.num_dropped, moved.stored is sweep.stored) == (3, True)
 
 
 def test_all_zero_is_a_sweep() -> None:
-    assert not decode_points(bytes(160), XYZI, 255.0).any()
+    assert not decode_sweep(bytes(160), config(intensity_max=255.0)).points.any()
 
 
 def text(sweep: np.ndarray) -> bytes:
@@ -75,14 +96,16 @@ def test_what_is_no_sweep_has_a_reason(make, reason, sweep_N4) -> None:  # type:
     made = make(sweep_N4)
     data = made if isinstance(made, bytes) else made.astype("<f4").tobytes()
     with pytest.raises(SampleError) as raised:
-        decode_points(data, XYZI, 255.0)
+        decode_sweep(data, config(intensity_max=255.0))
     assert raised.value.reason in reason.split("|")
 
 
 def test_a_view_without_geometry_gives_the_points_themselves(
     sweep_N4: np.ndarray,
 ) -> None:
-    assert points_in_view(sweep_N4, XYZI, View(0, False, 0.0, 1.0, {})) is sweep_N4
+    assert points_in_view(sweep_N4, XYZI, PLAIN) is sweep_N4
+    sweep = decode_sweep(sweep_N4.tobytes(), config())
+    assert sweep.in_view(PLAIN) is sweep
 
 
 def test_flip_then_yaw_then_scale(sweep_N4: np.ndarray) -> None:
@@ -101,3 +124,19 @@ def test_flip_then_yaw_then_scale(sweep_N4: np.ndarray) -> None:
     np.testing.assert_array_equal(moved[:, 3], sweep_N4[:, 3])
     np.testing.assert_array_equal(sweep_N4, before)
     assert moved.dtype == np.float32
+
+
+def test_the_member_that_a_sample_has_tells_the_format(sweep_N4: np.ndarray) -> None:
+    stored = io.BytesIO()
+    np.save(stored, sweep_N4)
+    either = config(member=["NPY", "bin"])
+    for members in ({"npy": stored.getvalue()}, {"bin": sweep_N4.tobytes()}):
+        sweep = read_sweep(Sample("k", members, {}), either)
+        np.testing.assert_array_equal(sweep.points, sweep_N4)
+    with pytest.raises(SampleError, match=r"missing: no member .npy or .bin"):
+        read_sweep(Sample("k", {}, {}), either)
+    with pytest.raises(SampleError, match=r"^link: never followed"):
+        read_sweep(Sample("k", {}, {"bin": "link: never followed"}), either)
+    named = config(member="velodyne", format="bin")
+    sweep = read_sweep(Sample("k", {"velodyne": sweep_N4.tobytes()}, {}), named)
+    assert len(sweep.points) == 500

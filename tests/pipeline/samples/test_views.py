@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from manifests.views import PhotometricConfig
+from pipeline.samples.photometric import Photometric
 from pipeline.samples.views import View, View0, ViewPolicy, draw_view, evaluation_box
 
 POLICY = ViewPolicy(
@@ -139,6 +141,69 @@ def test_policies_survive_json_exactly() -> None:
     assert ViewPolicy.from_json(json.loads(json.dumps(policy.to_json()))) == policy
 
 
+PHOTOMETRIC = replace(
+    POLICY,
+    photometric=PhotometricConfig(
+        brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, grey=0.2, blur=0.5
+    ),
+)
+
+
+@given(st.text(max_size=8), st.integers(0, 50))
+def test_colour_changes_move_no_geometry(key: str, index: int) -> None:
+    sizes = {"front": (375, 1242), "back": (64, 48)}
+    plain = draw_view(POLICY, "s", key, index, sizes)
+    changed = draw_view(PHOTOMETRIC, "s", key, index, sizes)
+    assert plain.photometric is None
+    assert replace(changed, photometric=None) == plain
+    assert (changed.photometric is None) == (index == 0)
+
+
+def test_colour_changes_are_one_draw_for_all_inputs() -> None:
+    both = draw_view(PHOTOMETRIC, "s", "k", 3, {"front": (9, 9), "back": (64, 48)})
+    none = draw_view(PHOTOMETRIC, "s", "k", 3, {})
+    assert both.photometric == none.photometric
+    assert draw_view(PHOTOMETRIC, "s", "k", 4, {}).photometric != none.photometric
+
+
+def test_the_numbers_of_colour_changes_never_change() -> None:
+    found = draw_view(PHOTOMETRIC, "shard-0", "key-0", 1, {}).photometric
+    assert found == GOLDEN_COLOURS
+
+
+def test_colour_changes_are_uniform_over_keys() -> None:
+    views = [draw_view(PHOTOMETRIC, "s", f"{i:05d}", 1, {}) for i in range(3000)]
+    found = [view.photometric for view in views if view.photometric is not None]
+    assert len(found) == len(views)
+    scaled = {
+        "brightness": np.array([one.brightness - 0.6 for one in found]) / 0.8,
+        "contrast": np.array([one.contrast - 0.6 for one in found]) / 0.8,
+        "saturation": np.array([one.saturation - 0.8 for one in found]) / 0.4,
+        "hue": np.array([one.hue + 0.1 for one in found]) / 0.2,
+        "sigma": np.array(
+            [(one.blur_sigma - 0.0005) / 0.0095 for one in found if one.blur_sigma]
+        ),
+    }
+    for name, values in scaled.items():
+        steps = np.arange(len(values)) / len(values)
+        distance = np.abs(np.sort(values) - steps).max()
+        assert distance * math.sqrt(len(values)) < 1.95, name
+    assert abs(len(scaled["sigma"]) / 3000 - 0.5) < 4 * 0.5 / math.sqrt(3000)
+    grey = np.array([one.grey for one in found])
+    assert abs(grey.mean() - 0.2) < 4 * 0.4 / math.sqrt(3000)
+    together = np.corrcoef([scaled[name] for name in list(scaled)[:4]])
+    assert np.abs(together - np.eye(4)).max() < 4 / math.sqrt(3000)
+
+
+def test_policies_without_colour_changes_are_written_as_they_were() -> None:
+    """Fingerprints of banks are made of this JSON."""
+    keys = ["seed", "scale", "ratio", "flips", "yaw_rad", "point_scale", "view0"]
+    assert list(POLICY.to_json()) == keys
+    assert ViewPolicy.from_json(POLICY.to_json()).photometric is None
+    text = json.dumps(PHOTOMETRIC.to_json())
+    assert ViewPolicy.from_json(json.loads(text)) == PHOTOMETRIC
+
+
 def test_an_input_without_a_view_0_is_refused() -> None:
     with pytest.raises(ValueError, match=r"got \['left'\]"):
         draw_view(POLICY, "s", "k", 1, {"left": (4, 4)})
@@ -163,4 +228,14 @@ GOLDEN = View(
             55.97778415595283,
         ),
     },
+)
+
+GOLDEN_COLOURS = Photometric(
+    brightness=0.6039765845557339,
+    contrast=1.3744252637987802,
+    saturation=1.0458583237086443,
+    hue=0.05221337164500411,
+    grey=False,
+    blur_sigma=0.0084976922603349,
+    solarize_above=256,
 )
