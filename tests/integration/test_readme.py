@@ -71,7 +71,7 @@ def test_the_documents_load(tmp_path):
     job, recipe = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "job.yaml").write_text(job)
     loaded = load_job(str(tmp_path / "job.yaml"))
-    assert set(loaded.teachers) == {"dinov3", "siglip2", "ours"}
+    assert set(loaded.teachers) == {"dinov3", "siglip2", "pillars", "ours"}
     assert loaded.teachers["ours"].outputs["logits"].encoding == "topk"
     (tmp_path / "recipe.yaml").write_text(recipe)
     assert set(load_recipe(str(tmp_path / "recipe.yaml")).targets) == {
