@@ -1,6 +1,9 @@
-"""The error of this package."""
+"""The errors of this package."""
 
-from manifests.errors import TeachOnceError
+import contextlib
+from collections.abc import Iterator
+
+from manifests.errors import ManifestError, TeachOnceError
 
 
 class TeacherError(TeachOnceError, ValueError):
@@ -9,3 +12,12 @@ class TeacherError(TeachOnceError, ValueError):
 
 class WeightsNotFound(TeacherError):
     """Weights that are not where they should be; shapes can be told without them."""
+
+
+@contextlib.contextmanager
+def as_teacher_error() -> Iterator[None]:
+    """Raises what is wrong with a document as this package's error."""
+    try:
+        yield
+    except ManifestError as error:
+        raise TeacherError(str(error)) from error.__cause__

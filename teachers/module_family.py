@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from manifests.code import Code, explained, load_code
-from manifests.errors import ManifestError
 from teachers.code_teacher import CodeTeacher
 from teachers.cost import building_on
-from teachers.errors import TeacherError
+from teachers.errors import TeacherError, as_teacher_error
 from teachers.interface import Size, TeacherRequest, WeightsRecord
 from teachers.torch_teacher import (
     freeze,
@@ -34,17 +33,8 @@ from teachers.weights import (
 )
 
 
-@contextlib.contextmanager
-def _as_teacher_error() -> Iterator[None]:
-    """Raises what is wrong with a document's code as this package's error."""
-    try:
-        yield
-    except ManifestError as error:
-        raise TeacherError(str(error)) from error.__cause__
-
-
 def _load(name: str, base: str, where: str) -> Code:
-    with _as_teacher_error():
+    with as_teacher_error():
         return load_code(name, base, where, nn.Module)
 
 
@@ -99,7 +89,7 @@ class ModuleTeacher(CodeTeacher):
     def _create(self, device: str) -> nn.Module:
         config = self.request.config
         with (
-            _as_teacher_error(),
+            as_teacher_error(),
             explained(f"{self.where}.model: {self._asked}"),
             building_on(device),
             seeded(self._weights.seed),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -21,7 +20,7 @@ from timm.models import PretrainedCfg
 from torch import nn
 
 from manifests.code import Code, load_code
-from manifests.errors import ManifestError, StorageError
+from manifests.errors import StorageError
 from manifests.storage import stat_url
 from manifests.student_folder import (
     CONFIG_NAME,
@@ -34,7 +33,7 @@ from manifests.student_folder import (
 from manifests.suggestions import close_matches
 from manifests.teacher import OutputConfig, PreprocessConfig, TeacherConfig
 from teachers.cost import building_on
-from teachers.errors import TeacherError
+from teachers.errors import TeacherError, as_teacher_error
 from teachers.image_teacher import Pixels
 from teachers.interface import GroupInput, Teacher, TeacherRequest, WeightsRecord
 from teachers.module_family import ModuleTeacher
@@ -57,16 +56,8 @@ def open_teacher(
     return LoaderTeacher(request, weights, device, folder, folder.document)
 
 
-@contextlib.contextmanager
-def _as_teacher_error() -> Iterator[None]:
-    try:
-        yield
-    except ManifestError as error:
-        raise TeacherError(str(error)) from error.__cause__
-
-
 def _read(name: str, base: str, where: str) -> StudentFolder:
-    with _as_teacher_error():
+    with as_teacher_error():
         return read_student_folder(resolve(base, name), where)
 
 
@@ -206,7 +197,7 @@ class LoaderTeacher(ModuleTeacher):
         )
 
     def _load_code(self) -> Code:
-        with _as_teacher_error():
+        with as_teacher_error():
             url = f"{self._folder.url}/{self._document.loader}"
             return load_code(url, self.request.base, self.where, nn.Module)
 
@@ -291,7 +282,7 @@ def describe(name: str, base: str) -> dict[str, Any]:
     if isinstance(document, TimmFolder):
         return {**_describe_timm(document, folder), **common}
     fields = document.model_dump(mode="json", by_alias=True, exclude_none=True)
-    with _as_teacher_error():
+    with as_teacher_error():
         code = load_code(f"{folder.url}/{document.loader}", base, "model", nn.Module)
     facts = {
         "loader": document.loader,

@@ -84,8 +84,16 @@ def print_plan(
                     text.size(todo) if entry.id in plan.wanted else "kept",
                 )
             )
-    head = ("output", "row", "dtype", "encoding", "views", "batch", "bytes at most")
-    print("\n" + text.table(head, rows) + "\n")
+    head = (
+        "output",
+        "row",
+        "dtype",
+        "encoding",
+        "views",
+        "batch",
+        "bytes at most each",
+    )
+    print("\n" + text.table(head, _merged(rows)) + "\n")
     if fits:
         print_fits(fits)
     if plan.is_done:
@@ -114,21 +122,36 @@ def print_plan(
         )
 
 
+def _merged(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Returns rows of paths, those that differ in the group alone as one.
+
+    Six cameras under one teacher are one line: ``street/cam_front (+5)/512x896/patch``.
+    """
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for path, *rest in rows:
+        teacher, group, last = path.split("/", 2)
+        alike.setdefault((teacher, last, *rest), []).append(group)
+    return [
+        (f"{teacher}/{_several(groups)}/{last}", *rest)
+        for (teacher, last, *rest), groups in alike.items()
+    ]
+
+
+def _several(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (+{len(names) - 1})"
+
+
 def print_fits(fits: Sequence[Fit]) -> None:
     """Prints how inputs fit the boxes of views, and what was not asked for."""
+    alike: dict[tuple[str, ...], list[Fit]] = {}
+    for one in fits:
+        teacher, group, size = one.level.split("/")
+        # A group of one is called as its input.
+        level = f"{teacher}/{size}" if group == one.input else one.level
+        alike.setdefault((level, *_shown(one)), []).append(one)
     rows = [
-        (
-            one.level,
-            one.input,
-            " x ".join(map(str, one.size)),
-            ", ".join(f"{rows} x {columns}" for rows, columns in one.grids),
-            one.fit,
-            text.share(one.distortion),
-            text.share(one.upsampled),
-            text.share(one.upsampled_random),
-            text.share(one.padding),
-        )
-        for one in fits
+        (level, _several([one.input for one in found]), *shown)
+        for (level, *shown), found in alike.items()
     ]
     head = ("level", "input", "size", "grid", "fit", "distorted", "enlarged")
     print(text.table((*head, "random enlarged", "padding"), rows) + "\n")
@@ -139,3 +162,15 @@ def print_fits(fits: Sequence[Fit]) -> None:
                 f"{text.share(one.distortion)} (at most 5.0 % unless asked for): give "
                 "the teacher other `sizes`, or say `preprocess: {fit: squash}` or pad"
             )
+
+
+def _shown(one: Fit) -> tuple[str, ...]:
+    return (
+        " x ".join(map(str, one.size)),
+        ", ".join(f"{rows} x {columns}" for rows, columns in one.grids),
+        one.fit,
+        text.share(one.distortion),
+        text.share(one.upsampled),
+        text.share(one.upsampled_random),
+        text.share(one.padding),
+    )

@@ -115,9 +115,8 @@ def test_plan_prints_and_warns(planned, tmp_path):
     planned([(20, 60)], [16, 16])
     told = run_cli("plan", tmp_path / "job.yaml")
     assert told.returncode == 0, told.stderr
-    line = next(
-        x for x in told.stdout.splitlines() if x.startswith("net/image/16x16  ")
-    )
+    line = next(x for x in told.stdout.splitlines() if x.startswith("net/16x16 "))
+    assert line.split()[1] == "image"
     assert "4 x 4" in line
     assert f"{100 * math.log(3):.1f} %" in line
     assert "warning  net/image/16x16 distorts image by 109.9 %" in told.stdout

@@ -361,6 +361,7 @@ def test_names_that_the_package_does_not_have():
         "Reading",
         "__version__",
         "open_bank",
+        "point_table",
     }
 
 

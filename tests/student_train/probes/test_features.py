@@ -281,10 +281,12 @@ def test_teachers_look_through_the_students_camera_or_the_first(monkeypatch):
     calibrated = SimpleNamespace(config={"calibration": "cam"})
     bank = SimpleNamespace(
         output=lambda _: SimpleNamespace(
-            name="patch", kind="grid", definition={}, extent=None
+            name="patch", kind="grid", size="1", definition={}, extent=None
         ),
         views_of=lambda _: {0},
-        pass_of=lambda path: SimpleNamespace(inputs=inputs[path]),
+        pass_of=lambda path: SimpleNamespace(
+            inputs=inputs[path], has_own_geometry=lambda size: False
+        ),
         record=SimpleNamespace(
             inputs={
                 "front": calibrated,
