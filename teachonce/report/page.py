@@ -163,7 +163,8 @@ def _gallery(gallery: Gallery) -> Iterable[str]:
         yield (
             "<p>Colours of features are the first three principal components of their "
             "standardised values over all rows below: alike colours mean alike "
-            "features within one box and across rows, and nothing between boxes. A "
+            "features within one output, on all inputs of its teacher and across rows, "
+            "and nothing between outputs. Logits have the colour of their largest. A "
             "head's map is in its teacher's colours. From above, cells that the camera "
             "does not see are faded, and do not count in the cosine.</p>"
         )
