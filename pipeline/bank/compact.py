@@ -69,9 +69,9 @@ class Compact(Encoding):
         super().__post_init__()
         if self.kind not in _KINDS or is_logits(self.name):
             raise BankError(
-                f"encoding of a {self.kind} must keep 16 bits or more unless it is a "
-                f"grid of features, got compact (output {self.name}); leave it out, "
-                "or take half: vectors and logits are few bytes of a bank"
+                f"encoding compact must be of a grid of features, got a {self.kind} "
+                f"(output {self.name}); vectors and logits keep 16 bits or more, and "
+                "are few of a bank's bytes: take lossless or half"
             )
 
     def arrays(self, path: str, block_rows: int) -> tuple[ArraySpec, ...]:
