@@ -123,6 +123,17 @@ def fastest(action: Callable[[], object], rounds: int) -> float:
     return min(seconds)
 
 
+def seconds_of(
+    encoding: Encoding, values: npt.NDArray[Any], rounds: int
+) -> tuple[float, float]:
+    """Returns the seconds from values to objects, and from objects to float32."""
+    objects = to_objects(encoding, values)
+    return (
+        fastest(lambda: to_objects(encoding, values), rounds),
+        fastest(lambda: to_values(encoding, objects, len(values)), rounds),
+    )
+
+
 def main() -> None:
     """Prints a line per case and encoding."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -138,8 +149,8 @@ def main() -> None:
     loaded = np.load(arguments.tokens).astype(np.float32)
     tokens_RNC = loaded.reshape(len(loaded), -1, loaded.shape[-1])
     rows, cells, channels = tokens_RNC.shape
-    print(f"{datetime.date.today()}  {platform.processor() or platform.machine()}, ")
     print(
+        f"{datetime.date.today()}  {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {rows} rows of "
         f"{cells} x {channels} {arguments.dtype}"
     )
@@ -163,15 +174,7 @@ def main() -> None:
             apart, worst = loss_of(exact, found)
             line = f"{case:22} {preset:9} {size:5.3f} {apart:9.1e} {worst:9.1e}"
             if case == "as they are":
-                seconds = (
-                    fastest(
-                        lambda e=encoding, v=values: to_objects(e, v), arguments.rounds
-                    ),
-                    fastest(
-                        lambda e=encoding, o=objects: to_values(e, o, rows),
-                        arguments.rounds,
-                    ),
-                )
+                seconds = seconds_of(encoding, values, arguments.rounds)
                 encode, decode = (values.nbytes / one / 1e6 for one in seconds)
                 line += f" {encode:7.0f} {decode:7.0f}"
             print(line)
