@@ -23,7 +23,6 @@ from manifests.bank import (
 from manifests.storage import Store
 from pipeline.bank.adoption import adopt_object, refuse_orphan
 from pipeline.bank.arrays import ArraySpec, object_name
-from pipeline.bank.encoding import Encoded, mask_cells
 from pipeline.bank.objects import encode_object, object_crc32c, object_size
 from pipeline.bank.point_index import NO_POINT
 from pipeline.bank.record import FEATURES
@@ -314,7 +313,12 @@ class BlockWork:
             # A row that one output refuses is missing in all: encode until none is new.
             with self._watch.stage("encode"):
                 encoded = {
-                    (output, view): self._encode(live, output, view, array, usable)
+                    (output, view): output.encoding.encode(
+                        array,
+                        usable,
+                        missing_cells=self._missing_cells(live, output, view),
+                        reuse=True,
+                    )
                     for (output, view), array in values.items()
                 }
             refused = {
@@ -336,24 +340,18 @@ class BlockWork:
                 objects[path] = (size, crc)
         return objects
 
-    def _encode(
-        self,
-        live: LivePass,
-        output: StoredOutput,
-        view: int,
-        values: np.ndarray,
-        usable: np.ndarray,
-    ) -> Encoded:
-        """Returns an output's rows as stored; cells on padding are missing."""
-        encoded = output.encoding.encode(values, usable, reuse=True)
+    def _missing_cells(
+        self, live: LivePass, output: StoredOutput, view: int
+    ) -> np.ndarray | None:
+        """Returns which cells of an output lie on padding; None where none can."""
         for size, one in live.prepared():
             if size != output.size or output.kind not in ("grid", "frames"):
                 continue
             rows = self._inputs[one.key, view]
             missing = one.spec.missing_cells(rows, output.shape, output.pool)
             if missing is not None:
-                return mask_cells(output.encoding, encoded, missing, usable)
-        return encoded
+                return missing
+        return None
 
     def _points_of(self, live: LivePass, output: StoredOutput) -> np.ndarray:
         """Returns which points of its sweep each row was given, (rows, P)."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from manifests.bank import BankRecord, OutputEntry
 from manifests.storage import Store
 from pipeline import sizing
 from pipeline.bank.arrays import ArraySpec
+from pipeline.bank.encoding import STORED_DTYPE
 from pipeline.bank.layout import level_path
 from pipeline.errors import PipelineError
 from pipeline.plan import Plan
@@ -44,8 +48,12 @@ def block_bytes(record: BankRecord, pass_ids: Sequence[str]) -> int:
     row = 0
     for name in pass_ids:
         entry = record.pass_by_id(name)
-        outputs = sum(output_row_bytes(output) for output in entry.outputs)
-        row += len(entry.views) * (entry.input_bytes + 2 * outputs)
+        outputs = sum(
+            math.prod(output.shape) * np.dtype(STORED_DTYPE[output.dtype]).itemsize
+            + output_row_bytes(output)
+            for output in entry.outputs
+        )
+        row += len(entry.views) * (entry.input_bytes + outputs)
     return row * record.block_rows
 
 

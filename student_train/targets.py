@@ -207,10 +207,21 @@ def _decode_topk(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
     return dense.masked_fill_(missing, math.nan)
 
 
+def _decode_compact(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
+    """Returns codes * scale * std + mean; missing cells have a scale of NaN."""
+    codes = arrays[""].to(torch.float32)
+    one_per_row = (-1, *[1] * (codes.ndim - 2), codes.shape[-1])
+    # In place and one operation at a time, each rounded as NumPy rounds it.
+    codes.mul_(arrays["_scale"].to(torch.float32).unsqueeze(-1))
+    codes.mul_(arrays["_std"].view(one_per_row))
+    return codes.add_(arrays["_mean"].view(one_per_row))
+
+
 _DECODERS: dict[str, Callable[[Encoding, Mapping[str, Tensor]], Tensor]] = {
     "raw": _decode_plain,
     "lossless": _decode_plain,
     "half": _decode_plain,
+    "compact": _decode_compact,
     "topk": _decode_topk,
 }
 

@@ -1,7 +1,8 @@
 """What an encoding is: from a teacher's output to stored arrays and back to float32.
 
 Owns the interface, the registry of presets, and what presets share: finding values that
-are not finite, filling missing rows. The presets are in ``encodings`` and ``topk``.
+are not finite, filling missing rows. The presets are in ``encodings``,
+``topk`` and ``compact``.
 
 Values come and go as NumPy: bfloat16 as its bit patterns in uint16. Every stored array
 has a fill value that means *missing* and that no valid row holds, so a row with a value
@@ -125,21 +126,48 @@ class Encoding(ABC):
             block_rows: rows of a block.
         """
 
-    @abstractmethod
     def encode(
-        self, values: Array, usable: npt.NDArray[np.bool_], *, reuse: bool = False
+        self,
+        values: Array,
+        usable: npt.NDArray[np.bool_],
+        *,
+        missing_cells: npt.NDArray[np.bool_] | None = None,
+        reuse: bool = False,
     ) -> Encoded:
-        """Returns what is stored of some rows; missing ones hold fill in every array.
+        """Returns what is stored of some rows; what is missing is fill in every array.
+
+        A usable row of which no cell is left is refused: it would read as missing.
 
         Args:
             values: (rows, *shape), ``dtype``; bfloat16 as bit patterns in uint16.
             usable: (rows,); where False the values are not looked at, the row is
                 missing.
+            missing_cells: (rows, y, x) of a grid or (rows, frame, y, x) of frames,
+                which cells are missing though their row is not; none where omitted.
             reuse: whether the result may overwrite ``values`` instead of copying them
                 where rows are missing.
 
         Raises:
             BankError: values of another type or shape.
+        """
+        values, usable = self._checked(values, usable)
+        if missing_cells is None or not missing_cells.any():
+            return self._encode(values, usable, None, reuse)
+        encoded = self._encode(values, usable, missing_cells, reuse)
+        return self._mask_cells(encoded, usable, missing_cells)
+
+    @abstractmethod
+    def _encode(
+        self,
+        values: Array,
+        usable: npt.NDArray[np.bool_],
+        missing_cells: npt.NDArray[np.bool_] | None,
+        reuse: bool,
+    ) -> Encoded:
+        """Returns what is stored of some rows; missing cells are filled by the caller.
+
+        Args:
+            values, usable, missing_cells, reuse: as ``encode`` takes them, checked.
         """
 
     @abstractmethod
@@ -198,6 +226,23 @@ class Encoding(ABC):
             )
         return np.ascontiguousarray(values), usable
 
+    def _mask_cells(
+        self,
+        encoded: Encoded,
+        usable: npt.NDArray[np.bool_],
+        cells: npt.NDArray[np.bool_],
+    ) -> Encoded:
+        """Returns stored rows in which the ``cells`` are missing too."""
+        empty = cells.reshape(len(cells), -1).all(axis=1) & usable
+        refused = {**dict.fromkeys(row_numbers(empty), ALL_PADDING), **encoded.refused}
+        arrays = dict(encoded.arrays)
+        for spec, suffix in zip(self.arrays("", 1), self.suffixes, strict=True):
+            # Arrays without an axis of cells speak of whole rows.
+            if arrays[suffix].shape[: cells.ndim] == cells.shape:
+                arrays[suffix] = arrays[suffix].copy()
+                arrays[suffix][cells] = spec.fill_value
+        return Encoded(arrays, refused)
+
 
 ENCODINGS: dict[str, type[Encoding]] = {}
 _E = TypeVar("_E", bound=type[Encoding])
@@ -227,7 +272,24 @@ def row_numbers(rows: npt.NDArray[np.bool_]) -> list[int]:
 
 
 def non_finite_rows(values: Array, dtype: LogicalDtype) -> npt.NDArray[np.bool_]:
-    """Returns (rows,): whether a row holds an infinity or a not-a-number.
+    """Returns (rows,): whether a row holds an infinity or a not-a-number."""
+    return _rows_from(values, _INFINITY_BITS[dtype])
+
+
+def rows_beyond(
+    values: Array, dtype: LogicalDtype, exponent: int
+) -> npt.NDArray[np.bool_]:
+    """Returns (rows,): whether a row holds a magnitude of 2**exponent or more.
+
+    Infinities and not-a-numbers are such. Costs what ``non_finite_rows`` does.
+    """
+    bits = {"float32": (127 + exponent) << 23, "bfloat16": (127 + exponent) << 7}
+    # float16 ends before any exponent that is asked for here.
+    return _rows_from(values, bits.get(dtype, _INFINITY_BITS["float16"]))
+
+
+def _rows_from(values: Array, limit: int) -> npt.NDArray[np.bool_]:
+    """Returns (rows,): whether a row holds a number whose bits, unsigned, reach limit.
 
     Read as signed integers the positive ones of these are the largest numbers, read as
     unsigned ones the negative: two maxima per piece, no temporary array, at the speed
@@ -237,11 +299,10 @@ def non_finite_rows(values: Array, dtype: LogicalDtype) -> npt.NDArray[np.bool_]
     flat = values.reshape(len(values), math.prod(values.shape[1:]))
     unsigned = flat.view(f"u{bits // 8}")
     signed = unsigned.view(f"i{bits // 8}")
-    infinity = _INFINITY_BITS[dtype]
     found = np.zeros(len(values), np.bool_)
     for piece in pieces(values):
-        found[piece] = signed[piece].max(axis=1) >= infinity
-        found[piece] |= unsigned[piece].max(axis=1) >= infinity | 1 << (bits - 1)
+        found[piece] = signed[piece].max(axis=1) >= limit
+        found[piece] |= unsigned[piece].max(axis=1) >= limit | 1 << (bits - 1)
     return found
 
 
@@ -261,35 +322,6 @@ def with_missing(
     filled = values if reuse and values.flags.writeable else values.copy()
     filled[missing] = BFLOAT16_MISSING if dtype == "bfloat16" else np.nan
     return filled
-
-
-def mask_cells(
-    encoding: Encoding,
-    encoded: Encoded,
-    cells: npt.NDArray[np.bool_],
-    usable: npt.NDArray[np.bool_],
-) -> Encoded:
-    """Returns stored rows in which some cells are missing.
-
-    A usable row without a cell that is left is refused: it would read as missing.
-
-    Args:
-        encoding: of a grid or of frames.
-        encoded: of some rows; not changed.
-        cells: (rows, y, x) or (rows, t, y, x), which cells are missing.
-        usable: (rows,).
-    """
-    if not cells.any():
-        return encoded
-    empty = cells.reshape(len(cells), -1).all(axis=1) & usable
-    refused = {**dict.fromkeys(row_numbers(empty), ALL_PADDING), **encoded.refused}
-    arrays = {}
-    specs = encoding.arrays("", 1)
-    for spec, (suffix, values) in zip(specs, encoded.arrays.items(), strict=True):
-        masked = values.copy()
-        masked[cells] = np.nan if spec.fill == "NaN" else spec.fill
-        arrays[suffix] = masked
-    return Encoded(arrays, refused)
 
 
 def to_float32(values: Array, dtype: LogicalDtype) -> npt.NDArray[np.float32]:

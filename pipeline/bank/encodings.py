@@ -14,7 +14,8 @@ import numpy.typing as npt
 
 from manifests.errors import BankError
 from manifests.teacher import OutputConfig
-from pipeline.bank import point_index as point_index  # registers its preset
+from pipeline.bank import compact as compact  # registers its preset
+from pipeline.bank import point_index as point_index
 from pipeline.bank import topk as topk
 from pipeline.bank.arrays import ArraySpec, Codec, Fill
 from pipeline.bank.encoding import (
@@ -97,11 +98,14 @@ class Raw(Encoding):
         )
         return (spec,)
 
-    def encode(
-        self, values: Array, usable: npt.NDArray[np.bool_], *, reuse: bool = False
+    def _encode(
+        self,
+        values: Array,
+        usable: npt.NDArray[np.bool_],
+        missing_cells: npt.NDArray[np.bool_] | None,
+        reuse: bool,
     ) -> Encoded:
         """Returns the values themselves, copied only where a row is missing."""
-        values, usable = self._checked(values, usable)
         bad = usable & non_finite_rows(values, self.dtype)
         stored = with_missing(values, bad | ~usable, self.dtype, reuse)
         return Encoded({"": stored}, dict.fromkeys(row_numbers(bad), NON_FINITE))
@@ -147,11 +151,14 @@ class Half(Encoding):
         axes = tuple(zip(AXES[self.kind], self.shape, strict=True))
         return (self._spec(path, "", block_rows, "float16", axes, "lz4", "NaN", {}),)
 
-    def encode(
-        self, values: Array, usable: npt.NDArray[np.bool_], *, reuse: bool = False
+    def _encode(
+        self,
+        values: Array,
+        usable: npt.NDArray[np.bool_],
+        missing_cells: npt.NDArray[np.bool_] | None,
+        reuse: bool,
     ) -> Encoded:
         """Returns the values rounded; rows that become infinite are refused."""
-        values, usable = self._checked(values, usable)
         if self.dtype == "float16":
             stored = values
         else:

@@ -29,11 +29,14 @@ class PointIndex(Encoding):
         )
         return (spec,)
 
-    def encode(
-        self, values: Array, usable: npt.NDArray[np.bool_], *, reuse: bool = False
+    def _encode(
+        self,
+        values: Array,
+        usable: npt.NDArray[np.bool_],
+        missing_cells: npt.NDArray[np.bool_] | None,
+        reuse: bool,
     ) -> Encoded:
         """Returns the numbers; rows that are missing hold `NO_POINT`."""
-        values, usable = self._checked(values, usable)
         if not usable.all():
             values = values if reuse and values.flags.writeable else values.copy()
             values[~usable] = NO_POINT

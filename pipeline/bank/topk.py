@@ -111,11 +111,14 @@ class TopK(Encoding):
             )
         )
 
-    def encode(
-        self, values: Array, usable: npt.NDArray[np.bool_], *, reuse: bool = False
+    def _encode(
+        self,
+        values: Array,
+        usable: npt.NDArray[np.bool_],
+        missing_cells: npt.NDArray[np.bool_] | None,
+        reuse: bool,
     ) -> Encoded:
         """Returns ids, logits and the log-sum-exp of the others."""
-        values, usable = self._checked(values, usable)
         lead = values.shape[:-1]
         index = np.empty((*lead, self.topk), self._index_dtype)
         value = np.empty((*lead, self.topk), values.dtype)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from manifests.bank import BankRecord, CommitContent, OutputEntry, PassEntry
 from manifests.errors import BankError, TeachOnceError
@@ -19,7 +20,6 @@ from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.commits import commit_path, list_commits, read_blocks, read_commits
-from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.objects import decode_object, object_crc32c
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import decode_rows
@@ -226,31 +226,38 @@ def _check_missing(
         usable[list(rows)] = False
     found = []
     for output in entry.outputs:
-        for view in entry.views:
-            spec, stored = _decode_main(store, output, content.block, view)
-            path = f"{FEATURES}/{object_name(spec, content.block, view)}"
-            fill = spec.fill_value
-            is_fill = stored == fill if fill == fill else np.isnan(stored)
-            flat = is_fill.reshape(len(stored), -1)
-            if not np.array_equal(~flat.all(axis=1), usable):
-                found.append((content, path, "misses other rows than its commit says"))
-                continue
-            if entry.pads(output.size) and output.kind in ("grid", "frames"):
-                # Cells on padding are missing, but whole, and not all of a row.
-                flat = is_fill.any(axis=-1) & ~is_fill.all(axis=-1)
-                flat = flat.reshape(len(stored), -1)
-            if flat[usable].any() and output.encoding["encoding"] != "topk":
-                found.append((content, path, "has missing values in valid rows"))
+        for spec in map(ArraySpec.from_json, output.arrays):
+            for view in entry.views:
+                path = f"{FEATURES}/{object_name(spec, content.block, view)}"
+                stored = decode_object(store.read(path), spec)
+                fill = spec.fill_value
+                is_fill = np.equal(stored, fill) if fill == fill else np.isnan(stored)
+                why = _why_missing(is_fill, usable, entry, output)
+                if why is not None:
+                    found.append((content, path, why))
     return found
 
 
-def _decode_main(
-    store: Store, output: OutputEntry, block: int, view: int
-) -> tuple[ArraySpec, np.ndarray]:
-    encoding = encoding_from_json(output.encoding)
-    spec = ArraySpec.from_json(output.arrays[len(encoding.suffixes) - 1])
-    data = store.read(f"{FEATURES}/{object_name(spec, block, view)}")
-    return spec, decode_object(data, spec)
+def _why_missing(
+    is_fill: npt.NDArray[np.bool_],
+    usable: npt.NDArray[np.bool_],
+    entry: PassEntry,
+    output: OutputEntry,
+) -> str | None:
+    """Returns what is wrong with where an array, (rows, ...), holds the fill value."""
+    flat = is_fill.reshape(len(is_fill), -1)
+    if not np.array_equal(~flat.all(axis=1), usable):
+        return "misses other rows than its commit says"
+    if entry.pads(output.size) and output.kind in ("grid", "frames"):
+        # Cells on padding are missing, but whole, and not all of a row.
+        cells = is_fill.shape[1 : len(output.shape)]
+        if cells == output.shape[:-1]:
+            is_fill = is_fill.reshape(len(is_fill), *cells, -1)
+            is_torn = is_fill.any(axis=-1) & ~is_fill.all(axis=-1)
+            flat = is_torn.reshape(len(is_fill), -1)
+    if flat[usable].any() and output.encoding["encoding"] != "topk":
+        return "has missing values in valid rows"
+    return None
 
 
 def _check_table(

@@ -230,8 +230,8 @@ IMAGE = {"kind": "image", "member": "jpg"}
         ),
         (
             teacher(outputs={"patch": {"encoding": "losless"}}),
-            "teachers.net.outputs.patch.encoding: must be 'raw', 'lossless', 'half' or "
-            "'topk'; did you mean lossless? (got 'losless')",
+            "teachers.net.outputs.patch.encoding: must be 'raw', 'lossless', 'half', "
+            "'compact' or 'topk'; did you mean lossless? (got 'losless')",
         ),
         (
             teacher(preprocess={"chanels": "bgr"}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from manifests.errors import ManifestError
+from manifests.errors import BankError, ManifestError
 from manifests.loading import load_job
 from pipeline.bank.arrays import ArraySpec
 from pipeline.errors import PipelineError
@@ -146,6 +146,29 @@ def test_what_a_plan_costs(make_shards, make_job):
     assert numbers.block_bytes >= 8 * row
     multiplications = 8 * 8 * 8 * 27 + 4 * 4 * 16 * 72 + 16 * 5
     assert numbers.flops == pytest.approx(16 * 2 * 2 * multiplications)
+
+
+def test_what_compact_costs(make_shards, make_job):
+    make_shards([11, 5])
+    outputs = {"patch": {"from": "body", "encoding": "compact"}}
+    plan = plan_of(make_job(teachers={"net": {**NET, "outputs": outputs}}))
+    numbers = estimate(plan)
+    # A byte a value, two a cell, and a mean and a deviation for each channel.
+    row = 4 * 4 * 16 + 2 * 4 * 4 + 2 * 4 * 16
+    assert numbers.bytes_to_do == 16 * row
+    # Four arrays and the row facts, for each of three blocks.
+    assert numbers.objects_to_do == 3 * 5
+    # In memory the teacher's own float32 too.
+    assert numbers.block_bytes >= 8 * (16 * 16 * 3 + 4 * 4 * 16 * 4 + row)
+
+
+def test_compact_vectors_are_refused(make_shards, make_job):
+    make_shards([8])
+    outputs = {"logits": {"encoding": "compact"}}
+    path = make_job(teachers={"net": {**NET, "outputs": outputs}})
+    message = r"compact must be of a grid of features, got a vector \(output logits\)"
+    with pytest.raises(BankError, match=message):
+        plan_of(path)
 
 
 def test_limits(make_shards, make_job, tmp_path):

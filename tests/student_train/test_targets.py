@@ -102,6 +102,29 @@ def test_topk_keeps_the_largest_and_the_mass(
             np.testing.assert_allclose(shown[others], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [("grid", (6, 5, 33)), ("frames", (2, 3, 4, 33)), ("points", (50, 33))],
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compact_is_decoded_as_numpy_does(kind, shape, dtype):
+    rng = np.random.default_rng(0)
+    values = rng.normal(0, 1, (7, *shape)) * rng.lognormal(0, 2, shape[-1])
+    usable = np.arange(7) != 4
+    config = OutputConfig(encoding="compact")
+    encoding, tensors = stored(config, kind, shape, dtype, values, usable)
+    kept = {suffix: tensor.clone() for suffix, tensor in tensors.items()}
+    found = decode(encoding, tensors)
+    arrays = {suffix: tensor.numpy() for suffix, tensor in tensors.items()}
+    np.testing.assert_array_equal(found.numpy(), encoding.decode(arrays))
+    assert found.dtype == torch.float32
+    assert found[4].isnan().all()
+    assert found[usable].isfinite().all()
+    assert all(
+        torch.equal(a.nan_to_num(), kept[s].nan_to_num()) for s, a in tensors.items()
+    )
+
+
 def test_many_classes_need_wide_ids():
     shape = (70_000,)
     values = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
@@ -137,7 +160,8 @@ def read(bank, path, suffix, view):
 def test_an_encoding_that_is_not_known_here(joined, monkeypatch):
     source = TargetSource.open(joined.open(), "net/image/16x16/patch", False)
     monkeypatch.setattr(type(source.encoding), "preset", "tiny")
-    message = r"of \['half', 'lossless', 'raw', 'topk'\], got 'tiny' \(output patch\)"
+    known = r"\['compact', 'half', 'lossless', 'raw', 'topk'\]"
+    message = rf"of {known}, got 'tiny' \(output patch\)"
     with pytest.raises(TrainingError, match=message):
         decode(source.encoding, {})
 
