@@ -149,6 +149,7 @@ def make_plan(
         shards=shard_table(record, changes, passes.block_rows, _next_part(record)),
         passes=(*(record.passes if record else ()), *passes.new),
         requests=dict(passes.requests),
+        exported_from=record.exported_from if record else (),
         state=record.state if record else None,
     )
     held = {entry.id for entry in record.passes} if record else set()

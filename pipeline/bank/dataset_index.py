@@ -14,7 +14,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from manifests.bank import ShardEntry
 from manifests.dataset import DatasetRecord, ShardRecord
+from manifests.errors import BankError
+from manifests.loading import load_json
 from manifests.storage import Store
 from pipeline.samples.shards import ShardRow
 
@@ -89,3 +92,48 @@ def read_rows(data: bytes) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
             rows.append(ShardRow(key, offset, size, refused))
     if name is not None:
         yield name, tuple(rows)
+
+
+def copy_part(
+    source: Store,
+    destination: Store,
+    stem: str,
+    shards: Sequence[ShardEntry],
+) -> None:
+    """Copies what a part of a bank's index says of some shards, of no other.
+
+    Args:
+        source: the bank to copy from.
+        destination: the one to copy to.
+        stem: name of the part in the source, such as ``part-00000``.
+        shards: those to keep, in order, with the part that they are to lie in.
+
+    Raises:
+        BankError: the part does not agree with the shards.
+    """
+    data = source.read(f"dataset/{stem}.parquet")
+    path = f"dataset/{stem}.json"
+    text = source.read(path)
+    record = load_json(DatasetRecord, text, source.url_of(path))
+    target = f"dataset/{shards[0].part}"
+    try:
+        rows = dict(read_rows(data))
+    except (pa.ArrowException, OSError) as error:
+        raise BankError(
+            f"dataset/{stem}.parquet of {source.url} is damaged ({error}); restore it "
+            "from a copy"
+        ) from error
+    records = {one.name: one for one in record.shards}
+    for shard in shards:
+        if shard.name not in records or len(rows.get(shard.name, ())) != shard.samples:
+            raise BankError(
+                f"{source.url_of(path)} and .parquet must hold the {shard.samples} "
+                f"rows of {shard.name}, got {len(rows.get(shard.name, ()))}; restore "
+                "them from a copy"
+            )
+    if len(shards) == len(record.shards):
+        destination.replace(f"{target}.parquet", data)
+        destination.replace(f"{target}.json", text)
+        return
+    kept = [IndexedShard(records[one.name], rows.get(one.name, ())) for one in shards]
+    write_index(destination, target, kept)

@@ -8,7 +8,7 @@ a bank that is still growing reads as what it has.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -46,6 +46,7 @@ from pipeline.samples.views import ViewPolicy, draw_view
 _PREFETCH = 32
 NOT_COMPUTED = "not_computed"
 RETIRED = "retired"
+StatisticsWriter = Callable[[Store, BankRecord, Mapping[str, set[int]]], None]
 
 
 @dataclass
@@ -299,10 +300,19 @@ class _IndexWriter:
         self._store.replace(index_path(self._part), encode_table(table))
 
 
-def finalise(store: Store, record: BankRecord) -> BankRecord:
+def finalise(
+    store: Store,
+    record: BankRecord,
+    make_statistics: StatisticsWriter = write_statistics,
+) -> BankRecord:
     """Returns the record with its state, after writing all that commits imply.
 
     Only for the holder of the bank's lock.
+
+    Args:
+        store: the bank's.
+        record: its record, which need not be written yet.
+        make_statistics: writes the statistics, which may be at hand already.
 
     Raises:
         BankError: a commit or a row-fact object is damaged.
@@ -359,7 +369,7 @@ def finalise(store: Store, record: BankRecord) -> BankRecord:
         },
     )
     finished = record.model_copy(update={"state": state})
-    write_statistics(store, finished, committed)
+    make_statistics(store, finished, committed)
     store.replace("README.md", render_card(store.url, finished).encode())
     write_record(store, finished)
     return finished
