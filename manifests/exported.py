@@ -22,11 +22,6 @@ class Selection(Strict):
     num_views: int | None = Field(None, ge=1, description="views 0 to num_views - 1")
     shards: tuple[str, ...] = Field((), description="patterns of shards' names")
 
-    @property
-    def is_everything(self) -> bool:
-        """Whether nothing is left out by name."""
-        return self == Selection()
-
 
 class ExportedFrom(Strict):
     """The bank that a bank was copied from, whole or in part."""

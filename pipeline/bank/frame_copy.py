@@ -59,8 +59,8 @@ def has_statistics_of(
 ) -> bool:
     """Whether the source's statistics are those of the part as well.
 
-    So where every block keeps its number (rows are drawn by it), and the source was
-    finalised after its last block.
+    So where every block keeps its number, by which rows are drawn, and all were there
+    when the source was finalised.
 
     Args:
         record: the source's.
@@ -69,9 +69,9 @@ def has_statistics_of(
     """
     if record.state is None or not part.keeps_rows_of(record):
         return False
-    counts = record.state.committed_blocks
+    complete = record.state.complete_passes
     return all(
-        counts.get(one.target.id) == len(committed[one.target.id])
+        one.target.id in complete and len(committed[one.target.id]) == record.num_blocks
         for one in part.passes
     )
 

@@ -92,6 +92,8 @@ def test_a_whole_copy_is_the_bank(full, tmp_path, capsys):
         path.name for path in full.bank.glob("runs/*")
     ]
     assert not {path.name for path in copy.iterdir()} & {"lock.json", "export.json"}
+    assert main(["info", str(copy)]) == 0
+    assert f"from     {full.bank}, exported 20" in capsys.readouterr().out
     # Again: nothing is written.
     before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     assert main(["export", str(full.bank), str(copy)]) == 0
@@ -257,6 +259,10 @@ def test_through_a_store_that_is_no_disk_and_back(full, tmp_path):
     assert not fs.exists(f"{url}/export.json")
     again = export(str(full.bank), url)
     assert (again.objects, again.is_whole) == (0, True)
+    with pytest.raises(
+        BankError, match=rf"must be empty .*got {url.rpartition('/')[0]}"
+    ):
+        export(str(full.bank), url.rpartition("/")[0])
     back = tmp_path / "back"
     assert export(url, str(back)).is_whole
     assert bank_identity(back) == full.identity
@@ -524,6 +530,15 @@ def test_a_store_that_fails_in_the_middle(full, tmp_path, monkeypatch):
     assert not (part / "lock.json").exists()
     assert export(str(full.bank), str(part)).is_whole
     assert bank_identity(part) == full.identity
+
+
+def test_a_dead_runs_lock_is_removed_where_asked(full, tmp_path):
+    part = tmp_path / "part"
+    part.mkdir()
+    owner = {"id": "x", "host": "elsewhere", "pid": 1, "purpose": "export"}
+    (part / "lock.json").write_text(json.dumps(owner))
+    assert main(["export", str(full.bank), str(part), "--break-lock"]) == 0
+    assert not (part / "lock.json").exists()
 
 
 def test_it_needs_neither_torch_nor_beam(full, tmp_path):
