@@ -26,21 +26,15 @@ from manifests.exported import Selection
 from pipeline.bank.export import export
 from pipeline.bank.open import open_bank
 from pipeline.bank.record import open_record
-from pipeline.bank.verify import verify
-from pipeline.errors import RunStopped
 from student_train import BankDataset, Reading
 from teachonce.cli import main
 from tests.conftest import ROOT, bank_identity
+from tests.exporting import check_sound, commits
+from tests.training import write_recipe
 
 PATCH = "net/image/16x16/patch"
 LOGITS = "net/image/16x16/logits"
 POOLED = "points/lidar/native/pooled"
-
-
-def check_sound(bank):
-    report = verify(*open_record(str(bank)), full=True)
-    assert report.is_sound, report.problems
-    assert report.orphans == []
 
 
 def make(forked, full, bank, *overrides):
@@ -57,13 +51,6 @@ def digests(bank, *folders):
         str(path.relative_to(bank)): hashlib.sha256(path.read_bytes()).hexdigest()
         for folder in folders
         for path in (bank / "features.zarr" / folder).rglob("c.*")
-    }
-
-
-def commits(bank):
-    return {
-        path.relative_to(bank): (path.read_bytes(), path.stat().st_mtime_ns)
-        for path in bank.glob("commits/*/*.json")
     }
 
 
@@ -238,17 +225,34 @@ def test_stock_readers_open_a_part(full, tmp_path):
     assert int(level["valid"].sum()) == 6
 
 
-def test_a_student_reads_a_part(full, tmp_path):
+def test_a_loop_of_ones_own_reads_a_part(full, tmp_path):
     part = tmp_path / "part"
     selection = Selection(outputs=("patch",), shards=("train-00001.tar",))
     export(str(full.bank), str(part), selection)
-    reading = Reading(inputs={"image": (16, 16)}, targets={"patch": "net/patch"})
-    dataset = BankDataset(str(part), reading, batch=3, seed=0)
+    reading = Reading(
+        {"image": (16, 16)}, {"patch": "net/patch"}, normalise=frozenset()
+    )
+    dataset = BankDataset(str(part), reading, batch=3, seed=0, view=1)
     batches = list(dataset.batches(0))
-    assert sum(len(batch.rows) for batch in batches) == 6
-    whole = open_bank(str(full.bank)).read(PATCH, 2)
-    held = open_bank(str(part)).read(PATCH, 0)
-    np.testing.assert_array_equal(held, whole)
+    assert sorted(row for batch in batches for row in batch.rows) == list(range(6))
+    whole = open_bank(str(full.bank)).read(PATCH, 2, 1)
+    for batch in batches:
+        assert batch.keys == tuple(f"s1-{row:04d}" for row in batch.rows)
+        found = batch.targets["patch"].values().numpy()
+        np.testing.assert_array_equal(found, whole[batch.rows])
+
+
+def test_a_student_of_a_part_is_the_one_of_the_bank(full, tmp_path):
+    """The same rows, order, views and statistics: the same weights, bit for bit."""
+    part = tmp_path / "part"
+    export(str(full.bank), str(part), Selection(outputs=("patch",)))
+    students = []
+    for bank in (full.bank, part):
+        recipe = write_recipe(tmp_path, f"{bank.name}.yaml", banks={"main": str(bank)})
+        run = tmp_path / f"run-{bank.name}"
+        assert main(["train", str(recipe), f"run={run}", "--quiet"]) == 0
+        students.append((run / "student" / "model.safetensors").read_bytes())
+    assert students[0] == students[1]
 
 
 def test_through_a_store_that_is_no_disk_and_back(full, tmp_path):
@@ -271,104 +275,6 @@ def test_through_a_store_that_is_no_disk_and_back(full, tmp_path):
         url,
     ]
     fs.rm(url, recursive=True)
-
-
-NAMED = {
-    "before saying what is made": (r"/export\.json$", 0, "before"),
-    "after saying what is made": (r"/export\.json$", 0, "after"),
-    "an object without its commit": (r"patch/c\.1", 1, "after"),
-    "before the first commit": (r"commits/", 0, "before"),
-    "after a few commits": (r"commits/", 4, "after"),
-    "before any metadata": (r"zarr\.json$", 0, "before"),
-    "in the statistics": (r"stats/patch_variance/c", 0, "after"),
-    "before the record": (r"/bank\.json$", 0, "before"),
-    "after the record": (r"/bank\.json$", 0, "after"),
-    "before giving the lock back": (r"/lock\.json$", 1, "before"),
-}
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_killed_it_goes_on(forked, full, tmp_path, capsys, name):
-    match, nth, when = NAMED[name]
-    part = tmp_path / "part"
-    command = ["export", full.bank, part, "--quiet"]
-    kill = {"match": match, "nth": nth, "when": when}
-    killed = forked.run(command, kill=kill)
-    assert killed["code"] == -signal.SIGKILL, killed["output"]
-    held = commits(part)
-    names = {path.name for path in part.iterdir()}
-    if "export.json" in names and "bank.json" not in names:
-        assert main(["info", str(part)]) == 2
-        assert main(["precompute", str(full.path), f"bank={part}"]) == 2
-        assert "got an export that has not ended" in capsys.readouterr().err
-    done = forked.run(command)
-    assert done["code"] == 0, done["output"]
-    assert bank_identity(part) == full.identity
-    after = commits(part)
-    assert {path: after[path] for path in held} == held
-    assert not {path.name for path in part.iterdir()} & {"lock.json", "export.json"}
-    check_sound(part)
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 3] ^= 4
-    path.write_bytes(bytes(data))
-
-
-@pytest.mark.parametrize(
-    ("damaged", "damage", "message"),
-    [
-        (
-            "features.zarr/net/image/16x16/patch/c.1.1.0.0.0",
-            flip,
-            r"pass net\.image block 1: .*patch/c\.1\.1\.0\.0\.0 has another crc32c",
-        ),
-        (
-            "features.zarr/points/lidar/native/logits/c.2.0.0",
-            lambda path: path.unlink(),
-            r"pass points\.lidar block 2: .*logits/c\.2\.0\.0 is missing",
-        ),
-        (
-            "rows/rows/00000001.parquet",
-            lambda path: path.write_bytes(path.read_bytes()[:-3]),
-            r"pass rows block 1: .*00000001\.parquet has \d+ bytes, its commit says",
-        ),
-        (
-            "commits/net.image/00000000.json",
-            lambda path: path.write_bytes(path.read_bytes()[:-3]),
-            r"pass net\.image block 0: .*00000000\.json cannot be read",
-        ),
-    ],
-)
-def test_damage_is_named_and_does_not_travel(
-    full, tmp_path, capsys, damaged, damage, message
-):
-    source, part = tmp_path / "bank", tmp_path / "part"
-    shutil.copytree(full.bank, source)
-    kept = (source / damaged).read_bytes()
-    damage(source / damaged)
-    assert main(["export", str(source), str(part)]) == 1
-    said = capsys.readouterr().out
-    assert len(re.findall("^damaged", said, re.MULTILINE)) == 1
-    assert re.search(message, said)
-    assert "not finished: mend the bank" in said
-    assert len(commits(part)) == 8
-    assert main(["info", str(part)]) == 2
-    (source / damaged).write_bytes(kept)
-    assert main(["export", str(source), str(part)]) == 0
-    assert bank_identity(part) == full.identity
-
-
-def test_what_is_gone_or_cut_at_the_destination_is_copied_again(full, tmp_path):
-    part = tmp_path / "part"
-    export(str(full.bank), str(part))
-    gone = part / "features.zarr" / PATCH / "c.0.0.0.0.0"
-    gone.unlink()
-    cut = part / "features.zarr" / LOGITS / "c.2.1.0"
-    cut.write_bytes(cut.read_bytes()[:-1])
-    assert export(str(full.bank), str(part)).objects == 2
-    assert bank_identity(part) == full.identity
 
 
 def test_a_bank_that_grows(full, tmp_path, capsys):
@@ -413,7 +319,7 @@ def test_what_a_partly_copied_bank_lacks_is_computed_by_its_job(forked, full, tm
 
 
 def test_shards_and_teachers_added_to_the_bank_are_added_to_its_copy(
-    run, make_job, make_shards, tmp_path
+    forked, run, make_job, make_shards, tmp_path
 ):
     make_shards([10, 3])
     run(make_job())
@@ -425,7 +331,13 @@ def test_shards_and_teachers_added_to_the_bank_are_added_to_its_copy(
     teachers = {"net": net, "other": {**net, "weights": "random:7"}}
     job = make_job(teachers=teachers, views={"random": 1})
     assert run(job).is_whole
-    assert export(str(bank), str(copy)).is_whole
+    # Killed in between it is a bank that grows; the same command goes on.
+    kill = {"match": r"commits/other", "nth": 0, "when": "after"}
+    command = ["export", bank, copy, "--quiet"]
+    assert forked.run(command, kill=kill)["code"] == -signal.SIGKILL
+    state = open_record(str(copy))[1].state
+    assert (state.complete, state.complete_passes) == (False, ())
+    assert forked.run(command)["code"] == 0
     assert bank_identity(copy) == bank_identity(bank)
     after = commits(copy)
     assert {path: after[path] for path in before} == before
@@ -458,87 +370,6 @@ def test_retired_shards_are_left_behind(run, make_job, make_shards, tmp_path):
     mine = open_bank(str(part)).statistics(PATCH)
     theirs = open_bank(str(tmp_path / "bank")).statistics(PATCH)
     assert mine["count"] == theirs["count"]
-
-
-def test_places_that_are_refused(full, tmp_path, run, make_job, make_shards):
-    bank = str(full.bank)
-    with pytest.raises(BankError, match="destination must lie outside the bank"):
-        export(bank, f"{bank}/part")
-    with pytest.raises(BankError, match="destination must lie outside the bank"):
-        export(bank, bank)
-    taken = tmp_path / "taken"
-    taken.mkdir()
-    (taken / "notes.txt").write_text("mine")
-    with pytest.raises(BankError, match=r"must be empty or hold this .*notes\.txt"):
-        export(bank, str(taken))
-    assert [path.name for path in taken.iterdir()] == ["notes.txt"]
-    make_shards([4])
-    run(make_job())
-    with pytest.raises(BankError, match=r"got another bank .*not exported from"):
-        export(bank, str(tmp_path / "bank"))
-    part = tmp_path / "part"
-    export(bank, str(part), Selection(teachers=("net",)))
-    with pytest.raises(BankError, match=r"teachers: \('net',\) there, all now"):
-        export(bank, str(part))
-    moved = tmp_path / "moved"
-    shutil.copytree(full.bank, moved)
-    with pytest.raises(BankError, match=rf"exported from {bank}, not {moved}"):
-        export(str(moved), str(part), Selection(teachers=("net",)))
-    with pytest.raises(BankError, match="no bank at"):
-        export(str(taken), str(tmp_path / "nothing"))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--teachers", "nat"], r"teachers must be in the bank, got 'nat' .*mean net"),
-        (["--groups", "cam"], r"groups must be in the bank, got 'cam' .*image, lidar"),
-        (["--outputs", "cls"], "outputs must be in the bank, got 'cls'"),
-        (["--outputs", "a/b/c"], "outputs must be OUTPUT, TEACHER/OUTPUT or"),
-        (["--teachers", "net", "--groups", "lidar"], "must leave an output, got none"),
-        (["--shards", "train-0000{0..3}.tra"], "shards must be in the bank, got"),
-        (["--views", "1"], "--views must be all from 0 to some last one, got 1"),
-        (["--views", "x"], "--views must be numbers such as 0 or 0-3, got 'x'"),
-        (["--views", "0-4"], r"views must be in the bank, got 0 to 4 \(it has 0 to 1"),
-    ],
-)
-def test_selections_that_are_refused(full, tmp_path, capsys, options, message):
-    part = tmp_path / "part"
-    assert main(["export", str(full.bank), str(part), *options]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("teachonce export: ")
-    assert re.search(message, said), said
-    assert not part.exists()
-
-
-def test_a_store_that_fails_in_the_middle(full, tmp_path, monkeypatch):
-    import errno
-    import os
-
-    part = tmp_path / "part"
-    replace = os.replace
-
-    def failing(source, target):
-        if "/patch/c.1" in str(target):
-            raise OSError(errno.ENOSPC, "full")
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", failing)
-        with pytest.raises(RunStopped, match=r"no space left.*same command goes"):
-            export(str(full.bank), str(part))
-    assert not (part / "lock.json").exists()
-    assert export(str(full.bank), str(part)).is_whole
-    assert bank_identity(part) == full.identity
-
-
-def test_a_dead_runs_lock_is_removed_where_asked(full, tmp_path):
-    part = tmp_path / "part"
-    part.mkdir()
-    owner = {"id": "x", "host": "elsewhere", "pid": 1, "purpose": "export"}
-    (part / "lock.json").write_text(json.dumps(owner))
-    assert main(["export", str(full.bank), str(part), "--break-lock"]) == 0
-    assert not (part / "lock.json").exists()
 
 
 def test_it_needs_neither_torch_nor_beam(full, tmp_path):
