@@ -196,7 +196,6 @@ class _Export:
         self._source_record = source_record
         self._destination = destination
         self._part = part
-        self._held = held
         self._record = _grown(held, planned)
         # A frame that is whole and finalised needs nothing but blocks.
         self._is_framed = (

@@ -122,6 +122,18 @@ def test_damage_is_named_and_does_not_travel(
     assert bank_identity(part) == full.identity
 
 
+def test_damaged_statistics_do_not_travel(full, tmp_path):
+    """They are copied where every block stays, and computed where shards are chosen."""
+    source = tmp_path / "bank"
+    shutil.copytree(full.bank, source)
+    flip(source / "features.zarr/net/image/16x16/stats/patch_mean/c.0")
+    with pytest.raises(RunStopped, match=r"patch_mean/c\.0 does not match its own crc"):
+        export(str(source), str(tmp_path / "part"))
+    shards = Selection(shards=("train-00000.tar",))
+    assert export(str(source), str(tmp_path / "shards"), shards).is_whole
+    check_sound(tmp_path / "shards")
+
+
 def test_what_is_gone_or_cut_at_the_destination_is_copied_again(full, tmp_path):
     part = tmp_path / "part"
     export(str(full.bank), str(part))
