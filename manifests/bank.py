@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_serializer, field_validator
 
 from manifests.document import Strict
+from manifests.exported import ExportedFrom
 from manifests.teacher import BevExtent
 
 BANK_SCHEMA = 1
@@ -187,6 +188,10 @@ class BankRecord(Strict):
     passes: tuple[PassEntry, ...]
     requests: dict[str, tuple[str, ...]] = Field(
         default_factory=dict, description="digest of a teacher's request to its passes"
+    )
+    exported_from: tuple[ExportedFrom, ...] = Field(
+        (),
+        description="banks it was copied from, one from the other",
     )
     state: BankState | None = None
 

@@ -96,6 +96,10 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
             name: {"usable": count, "dropped": dropped.get(name, 0)}
             for name, count in points.items()
         },
+        "exported_from": [
+            one.model_dump(mode="json", exclude={"outputs"})
+            for one in record.exported_from
+        ],
         "lock": read_lock(store),
         "runs": len(runs),
         "last_failures": last.get("failures", []),

@@ -19,9 +19,10 @@ from manifests.errors import BankError, ManifestError
 from manifests.inputs import INPUT, InputConfig
 from manifests.job import Job
 from manifests.storage import Store
-from pipeline import group_teachers, index, resolve, sizing
+from pipeline import group_teachers, resolve, sizing
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.commits import list_commits
+from pipeline.bank.dataset_index import read_rows
 from pipeline.bank.record import read_record
 from pipeline.group_teachers import GroupTeacher
 from pipeline.inputs import ProbedShard, resolve_input, view_policy
@@ -148,6 +149,7 @@ def make_plan(
         shards=shard_table(record, changes, passes.block_rows, _next_part(record)),
         passes=(*(record.passes if record else ()), *passes.new),
         requests=dict(passes.requests),
+        exported_from=record.exported_from if record else (),
         state=record.state if record else None,
     )
     held = {entry.id for entry in record.passes} if record else set()
@@ -267,7 +269,7 @@ def _probed(
         shard.part for shard in (record.shards if record else ())
     ):
         assert record is not None
-        rows = dict(index.read_rows(store.read(f"dataset/{part}.parquet")))
+        rows = dict(read_rows(store.read(f"dataset/{part}.parquet")))
         for shard in record.shards:
             if shard.part == part and not shard.retired and shard.name in rows:
                 url = shard.url

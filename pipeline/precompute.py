@@ -26,6 +26,7 @@ from pipeline.bank.classifiers import (
     write_classifier,
 )
 from pipeline.bank.commits import commit_path, list_commits
+from pipeline.bank.dataset_index import read_rows, write_index
 from pipeline.bank.layout import write_metadata
 from pipeline.bank.lock import bank_lock, break_lock, clear_dead_lock
 from pipeline.bank.record import open_record, read_record, write_record
@@ -33,7 +34,6 @@ from pipeline.bank.verify import verify
 from pipeline.beam_options import check_options, complete_options, run_here
 from pipeline.errors import PipelineError, RunStopped
 from pipeline.estimate import Estimate, check_limits, estimate
-from pipeline.index import read_rows, write_index
 from pipeline.plan import Plan, make_plan
 from pipeline.runs import new_run_id, read_run, start_run
 from pipeline.samples.shards import ShardRow

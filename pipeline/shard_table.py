@@ -18,7 +18,7 @@ from manifests.dataset import ShardRecord
 from manifests.errors import StorageError
 from manifests.storage import Stat, stat_url
 from pipeline import index
-from pipeline.index import IndexedShard
+from pipeline.bank.dataset_index import IndexedShard
 from pipeline.samples import sources
 
 _VERSION = re.compile(r"@\d+$")

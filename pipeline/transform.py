@@ -1,7 +1,7 @@
 """The Beam job: a composite transform from the work items of a run to a finished bank.
 
 Owns the graph and its counters, nothing else: what a work item does is in ``engine``,
-what the end does is in ``finalise``. The graph holds the bank's URL and a run's name;
+what the end does is in ``run_end``. The graph holds the bank's URL and a run's name;
 work items are read inside it. Only work items and results, a few hundred bytes each,
 cross a shuffle; a feature never does.
 """
@@ -24,7 +24,7 @@ from apache_beam.utils.windowed_value import WindowedValue
 from manifests.bank import WorkItem, WorkResult
 from manifests.storage import Store
 from pipeline.errors import PipelineError
-from pipeline.finalise import finalise_run
+from pipeline.run_end import finalise_run
 from pipeline.runs import items_path, read_run
 
 NAMESPACE = "teachonce"

@@ -101,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("bank", help="path or URL of the bank")
     verify.add_argument("--full", action="store_true", help="read every byte")
     verify.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    _export_arguments(
+        verb(
+            "export",
+            "Copy a bank, or whole teachers, outputs, views and shards of it, into a "
+            "bank of its own; the same command goes on",
+            "export gs://acme/bank ./small --outputs cls dinov3/patch --views 0",
+        )
+    )
     finalise = verb(
         "finalise",
         "Make index, row arrays and statistics from the commits there are",
@@ -178,6 +186,37 @@ def _parser() -> argparse.ArgumentParser:
         "--lidar-range", type=float, default=60.0, help="range of the LiDAR, metres"
     )
     return parser
+
+
+def _export_arguments(export: argparse.ArgumentParser) -> None:
+    export.add_argument("bank", help="path or URL of the bank")
+    export.add_argument("dest", metavar="DEST", help="path or URL of the new bank")
+    export.add_argument(
+        "--teachers", nargs="+", metavar="NAME", help="such as dinov3; * matches"
+    )
+    export.add_argument(
+        "--outputs",
+        nargs="+",
+        metavar="NAME",
+        help="such as cls, dinov3/patch or dinov3/*/224x224/patch",
+    )
+    export.add_argument("--groups", nargs="+", metavar="NAME", help="such as cam_front")
+    export.add_argument(
+        "--views", nargs="+", metavar="N", help="0, or 0-3: all up to some last one"
+    )
+    export.add_argument(
+        "--shards", nargs="+", metavar="NAME", help="such as 'train-{00000..00003}.tar'"
+    )
+    export.add_argument(
+        "--whole",
+        action="store_true",
+        help="refuse where a block is not computed yet; else what there is is copied",
+    )
+    export.add_argument(
+        "--break-lock", action="store_true", help="remove a dead run's lock at DEST"
+    )
+    export.add_argument("--quiet", action="store_true", help="no progress bar")
+    export.add_argument("--json", action="store_true", help=_COMMON_HELP)
 
 
 def _pack_arguments(pack: argparse.ArgumentParser) -> None:

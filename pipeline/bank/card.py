@@ -22,6 +22,7 @@ def render_card(url: str, record: BankRecord) -> str:
             else "**Not complete: run the same job again.**"
         ),
         "",
+        *_origin(record),
         f"Data licence: {record.dataset.get('license') or 'not stated'}.",
         "",
         "| teacher | model | inputs | valid rows | licence of the weights | sha256 |",
@@ -72,3 +73,26 @@ def render_card(url: str, record: BankRecord) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _origin(record: BankRecord) -> list[str]:
+    """Returns what the card says of the banks that this one was copied from."""
+    held = {path for path, _, _ in layout.outputs(record)}
+    num_shards = sum(not shard.retired for shard in record.shards)
+    lines = []
+    for origin in record.exported_from:
+        parts = []
+        left_out = [path for path in origin.outputs if path not in held]
+        if left_out:
+            parts.append(f"without {', '.join(left_out)}")
+        if num_shards < origin.shards:
+            parts.append(f"{num_shards:,} of its {origin.shards:,} shards")
+        if record.num_views < origin.num_views:
+            parts.append(f"{record.num_views} of its {origin.num_views} views")
+        what = f"**A part** ({'; '.join(parts)})" if parts else "A copy"
+        lines += [
+            f"{what} of {origin.bank}, exported {origin.exported} (sha256 of its "
+            f"bank.json: {origin.bank_sha256[:12]}).",
+            "",
+        ]
+    return lines

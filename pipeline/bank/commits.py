@@ -35,11 +35,17 @@ def commit_path(pass_id: str, block: int) -> str:
     return f"commits/{pass_id}/{block:08d}.json"
 
 
+def encode_commit(commit: Commit) -> bytes:
+    """Returns the bytes of a commit."""
+    text = json.dumps(commit.model_dump(mode="json"), separators=(",", ":"))
+    return text.encode()
+
+
 def write_commit(store: Store, commit: Commit) -> bool:
     """Writes a commit create-only; returns False where there was one already."""
     content = commit.content
-    text = json.dumps(commit.model_dump(mode="json"), separators=(",", ":"))
-    return store.create(commit_path(content.pass_id, content.block), text.encode())
+    path = commit_path(content.pass_id, content.block)
+    return store.create(path, encode_commit(commit))
 
 
 def list_commits(store: Store, pass_id: str) -> set[int]:

@@ -11,6 +11,8 @@ from manifests.storage import Store
 from pipeline.samples.views import ViewPolicy
 
 RECORD_PATH = "bank.json"
+# The record of an export that has not ended; bank.json takes its place.
+UNFINISHED_PATH = "export.json"
 FEATURES = "features.zarr"
 
 
@@ -18,17 +20,33 @@ def read_record(store: Store) -> BankRecord | None:
     """Returns the record of the bank in ``store``, or None where there is none yet.
 
     Raises:
-        BankError: it was made by a newer TeachOnce, or something else lies there.
+        BankError: it was made by a newer TeachOnce, something else lies there, or an
+            export to there has not ended.
         ManifestError: it is damaged.
     """
     text = store.read_or_none(RECORD_PATH)
     if text is None:
+        if store.size(UNFINISHED_PATH) is not None:
+            raise BankError(
+                f"{store.url} must be a whole bank, got an export that has not ended "
+                f"({UNFINISHED_PATH}); run the same `teachonce export` again"
+            )
         return None
+    return parse_record(store, text)
+
+
+def parse_record(store: Store, text: bytes, path: str = RECORD_PATH) -> BankRecord:
+    """Returns the record of the bank in ``store`` that ``text`` holds.
+
+    Raises:
+        BankError: it was made by a newer TeachOnce, or something else lies there.
+        ManifestError: it is damaged.
+    """
     try:
         version = json.loads(text).get("schema_version")
     except (ValueError, AttributeError) as error:
         raise BankError(
-            f"{store.url_of(RECORD_PATH)} is not a bank record ({error}); restore it "
+            f"{store.url_of(path)} is not a bank record ({error}); restore it "
             "from a copy, everything else of the bank is still there"
         ) from error
     if not isinstance(version, int) or version > BANK_SCHEMA:
@@ -36,7 +54,7 @@ def read_record(store: Store) -> BankRecord | None:
             f"bank {store.url} has schema version {version}, this TeachOnce reads up "
             f"to {BANK_SCHEMA}; install a newer one"
         )
-    return load_json(BankRecord, text, store.url_of(RECORD_PATH))
+    return load_json(BankRecord, text, store.url_of(path))
 
 
 def open_record(url: str) -> tuple[Store, BankRecord]:
@@ -51,10 +69,10 @@ def open_record(url: str) -> tuple[Store, BankRecord]:
     return store, record
 
 
-def write_record(store: Store, record: BankRecord) -> None:
+def write_record(store: Store, record: BankRecord, path: str = RECORD_PATH) -> None:
     """Replaces the record; only for the holder of the bank's lock."""
     text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
-    store.replace(RECORD_PATH, text.encode() + b"\n")
+    store.replace(path, text.encode() + b"\n")
 
 
 def view_policy_of(record: BankRecord) -> ViewPolicy:

@@ -64,7 +64,7 @@ class VerifyReport:
         return not self.problems and not any(self.missing_blocks.values())
 
 
-def _list_objects(store: Store, record: BankRecord) -> dict[str, int]:
+def list_objects(store: Store, record: BankRecord) -> dict[str, int]:
     """Returns path and size of every data object, by listing the arrays' folders."""
     folders = [f"{FEATURES}/{spec.path}" for spec in layout.feature_arrays(record)]
     folders += [f"rows/{entry.id}" for entry in record.passes if not entry.outputs]
@@ -118,7 +118,7 @@ def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport
         full: read every byte instead of comparing sizes.
     """
     report = VerifyReport()
-    sizes = _list_objects(store, record)
+    sizes = list_objects(store, record)
     named: set[str] = set()
     live = set(record.live_blocks)
     lines: dict[tuple[str, int], tuple[tuple[str, int, int], ...]] = {}

@@ -62,7 +62,7 @@ def damaged_classifiers(
             yield array.metadata_path, "is damaged"
         if store.size(array.object_path) is None:
             yield array.object_path, "is missing"
-        elif full and not _has_own_crc(store.read(array.object_path)):
+        elif full and not has_own_crc(store.read(array.object_path)):
             yield array.object_path, "does not match its own crc32c"
 
 
@@ -100,14 +100,14 @@ def damaged_rows(
     for path in sorted(expected):
         if store.size(path) is None:
             yield path, "is missing"
-        elif full and not _has_own_crc(store.read(path)):
+        elif full and not has_own_crc(store.read(path)):
             yield path, "does not match its own crc32c"
     if full:
         for level in layout.levels(record):
             for path, _ in store.list(f"{FEATURES}/{level}/stats"):
                 if path.endswith("zarr.json"):
                     continue
-                if not _has_own_crc(store.read(path)):
+                if not has_own_crc(store.read(path)):
                     yield path, "does not match its own crc32c"
     yield from _damaged_index(store, record, full)
 
@@ -132,7 +132,7 @@ def _damaged_index(
         yield "index", f"has {num_lines} lines, the bank has {samples} samples"
 
 
-def _has_own_crc(data: bytes) -> bool:
+def has_own_crc(data: bytes) -> bool:
     """Whether the last four bytes are the crc32c of the others, as the codec has it."""
     if len(data) < _CRC_BYTES:
         return False

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from manifests.storage import Store
+from pipeline.bank.finalise import finalise
 from pipeline.bank.lock import bank_lock
 from pipeline.bank.record import open_record
-from pipeline.finalise import finalise
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from manifests.errors import ManifestError
 from manifests.storage import Store
 from pipeline import index
+from pipeline.bank.dataset_index import write_index
 from pipeline.samples import sources
 from teachonce.verbs import text
 
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=len(urls), unit="shard", desc="index", disable=None) as bar:
         shards = index.index_shards(named, lambda: bar.update())
     store = Store(folder if "://" in folder else os.path.abspath(folder))
-    index.write_index(store, "dataset", shards)
+    write_index(store, "dataset", shards)
     damaged = [shard.record for shard in shards if shard.record.damage]
     faults = {
         f"{shard.record.name}:{fault.key}": f"{fault.reason}: {fault.detail}"

@@ -35,6 +35,8 @@ def print_facts(facts: dict[str, Any]) -> None:
         f"{facts['rows']:,} rows in blocks of {facts['block_rows']}, "
         f"{facts['views']} view(s)"
     )
+    for one in facts["exported_from"][-1:]:
+        print(f"from     {one['bank']}, exported {one['exported']}")
     print(f"licence  data: {facts['dataset_license'] or 'not stated'}")
     passes = [
         (

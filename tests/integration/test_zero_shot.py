@@ -118,6 +118,30 @@ def test_logits_are_numpys_from_the_stored_embeddings(bank, folder):
     assert opened.output(PATH).dtype == "float32"
 
 
+def test_a_classifier_travels_with_its_logits(bank, tmp_path):
+    part = tmp_path / "part"
+    command = ["export", str(bank), str(part), "--shards", "train-00001.tar"]
+    assert main([*command, "--outputs", "logits"]) == 0
+    ours, theirs = open_bank(str(part)), open_bank(str(bank))
+    assert ours.outputs == (PATH,)
+    mine, whole = ours.classifier(PATH), theirs.classifier(PATH)
+    np.testing.assert_array_equal(mine.weight, whole.weight)
+    assert (mine.classes, mine.sha256) == (whole.classes, whole.sha256)
+    np.testing.assert_array_equal(ours.read(PATH, 0), theirs.read(PATH, 2))
+    assert main(["verify", str(part), "--full"]) == 0
+    without = tmp_path / "without"
+    assert main(["export", str(bank), str(without), "--outputs", "embed"]) == 0
+    assert not list(without.rglob("*_classifier"))
+
+
+def test_a_damaged_classifier_does_not_travel(bank_copy, tmp_path, capsys):
+    held = bank_copy / f"features.zarr/{PATH}_classifier/c.0.0"
+    held.write_bytes(held.read_bytes()[:-1])
+    assert main(["export", str(bank_copy), str(tmp_path / "part")]) == 1
+    assert "logits_classifier/c.0.0 does not match its own" in capsys.readouterr().err
+    assert main(["info", str(tmp_path / "part")]) == 2
+
+
 def test_the_bank_holds_the_classifier(bank, folder):
     held = load_file(folder / "zero.safetensors")
     found = open_bank(str(bank)).classifier(PATH)

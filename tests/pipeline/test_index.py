@@ -13,10 +13,11 @@ from manifests.dataset import INDEX_COLUMNS, ShardRecord
 from manifests.errors import ManifestError, StorageError
 from manifests.storage import Store
 from pipeline import index
-from pipeline.index import (
+from pipeline.bank.dataset_index import (
     IndexedShard,
     encode_rows,
     read_rows,
+    write_index,
 )
 from pipeline.samples import sources
 from pipeline.samples.shards import ShardRow
@@ -109,13 +110,13 @@ def test_rows_come_back_as_they_were_shard_by_shard(rows):
 
 def test_an_index_is_written_and_loaded(tmp_path):
     shards = [shard("a.tar", [ShardRow("k", 0, 1024, None)]), shard("b.tar", [])]
-    index.write_index(Store(str(tmp_path)), "dataset", shards)
+    write_index(Store(str(tmp_path)), "dataset", shards)
     assert index.load_index(str(tmp_path / "dataset.json")) == shards
 
 
 def test_a_record_may_name_its_shards_relative_to_itself(tmp_path):
     path = tmp_path / "dataset.json"
-    index.write_index(Store(str(tmp_path)), "dataset", [shard("a.tar", [])])
+    write_index(Store(str(tmp_path)), "dataset", [shard("a.tar", [])])
     path.write_text(path.read_text().replace('"/a.tar"', '"data/a.tar"'))
     (found,) = index.load_index(str(path))
     assert found.record.url == f"{tmp_path}/data/a.tar"

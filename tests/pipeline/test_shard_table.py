@@ -14,6 +14,7 @@ from manifests.errors import ManifestError, StorageError
 from manifests.loading import load_job
 from manifests.storage import Stat, Store
 from pipeline import index
+from pipeline.bank.dataset_index import IndexedShard, encode_rows, write_index
 from pipeline.bank.open import open_bank
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
@@ -214,7 +215,7 @@ def test_a_dataset_json_is_used_and_checked(
         zip(sources.name_shards(urls), urls, sources.stat_shards(urls), strict=True)
     )
     store = Store(str(tmp_path / "index"))
-    index.write_index(store, "dataset", index.index_shards(named))
+    write_index(store, "dataset", index.index_shards(named))
     path = make_job(dataset={"shards": "./index/dataset.json"})
     walked: list[str] = []
     walk = index.index_shard
@@ -242,8 +243,8 @@ def test_an_index_whose_parquet_disagrees_is_refused(make_shards, tmp_path):
     )
     store = Store(str(tmp_path))
     shards = index.index_shards(named)
-    index.write_index(store, "dataset", shards)
-    store.replace("dataset.parquet", index.encode_rows(shards[:1]))
+    write_index(store, "dataset", shards)
+    store.replace("dataset.parquet", encode_rows(shards[:1]))
     with pytest.raises(
         ManifestError, match=r"says 3 samples in train-00001.tar, its Par"
     ):
@@ -285,7 +286,7 @@ def test_blocks_follow_each_other_and_are_never_given_twice(sizes, block_rows, c
             samples=samples,
             sequential=False,
         )
-        return index.IndexedShard(record, ())
+        return IndexedShard(record, ())
 
     shards = [new(number, size) for number, size in enumerate(sizes)]
     first = shard_table(

@@ -26,6 +26,7 @@ VERBS = (
     "precompute",
     "info",
     "verify",
+    "export",
     "finalise",
     "teachers",
     "demo",

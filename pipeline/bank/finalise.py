@@ -8,7 +8,7 @@ a bank that is still growing reads as what it has.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,6 @@ from manifests.bank import (
     BankState,
     CommitContent,
     ShardEntry,
-    WorkResult,
 )
 from manifests.errors import BankError
 from manifests.storage import Store
@@ -34,27 +33,20 @@ from pipeline.bank.commits import (
     list_commits,
     read_commits,
 )
-from pipeline.bank.lock import bank_lock
+from pipeline.bank.dataset_index import read_rows
 from pipeline.bank.objects import object_crc32c
 from pipeline.bank.output_statistics import write_statistics
-from pipeline.bank.record import (
-    FEATURES,
-    open_record,
-    view_policy_of,
-    write_record,
-)
+from pipeline.bank.record import FEATURES, view_policy_of, write_record
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
 from pipeline.bank.row_index import INDEX_PART_ROWS, encode_table, index_path
 from pipeline.bank.rows import decode_rows, object_path
-from pipeline.index import read_rows
-from pipeline.runs import end_run
 from pipeline.samples.photometric import Photometric
 from pipeline.samples.views import ViewPolicy, draw_view
 
 _PREFETCH = 32
-LONGEST_WRITE_S = 3600.0
 NOT_COMPUTED = "not_computed"
 RETIRED = "retired"
+StatisticsWriter = Callable[[Store, BankRecord, Mapping[str, set[int]]], None]
 
 
 @dataclass
@@ -308,10 +300,19 @@ class _IndexWriter:
         self._store.replace(index_path(self._part), encode_table(table))
 
 
-def finalise(store: Store, record: BankRecord) -> BankRecord:
+def finalise(
+    store: Store,
+    record: BankRecord,
+    make_statistics: StatisticsWriter = write_statistics,
+) -> BankRecord:
     """Returns the record with its state, after writing all that commits imply.
 
     Only for the holder of the bank's lock.
+
+    Args:
+        store: the bank's.
+        record: its record, which need not be written yet.
+        make_statistics: writes the statistics, which may be at hand already.
 
     Raises:
         BankError: a commit or a row-fact object is damaged.
@@ -368,18 +369,7 @@ def finalise(store: Store, record: BankRecord) -> BankRecord:
         },
     )
     finished = record.model_copy(update={"state": state})
-    write_statistics(store, finished, committed)
+    make_statistics(store, finished, committed)
     store.replace("README.md", render_card(store.url, finished).encode())
     write_record(store, finished)
-    return finished
-
-
-def finalise_run(bank_url: str, run_id: str, result: WorkResult) -> BankRecord:
-    """Finalises the bank at the end of a run and writes down what the run did."""
-    store = Store(bank_url)
-    with bank_lock(store, f"finalise of run {run_id}"):
-        _, record = open_record(bank_url)
-        finished = finalise(store, record)
-        end_run(store, run_id, result.model_dump(mode="json"))
-        store.clear_temporary(LONGEST_WRITE_S)
     return finished

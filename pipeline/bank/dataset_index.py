@@ -1,0 +1,139 @@
+"""The dataset's index in a bank: ``dataset/part-*``, who the shards are and their rows.
+
+Owns the Parquet of rows and the JSON beside it; walking shards to make them is in
+``pipeline.index``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from manifests.bank import ShardEntry
+from manifests.dataset import DatasetRecord, ShardRecord
+from manifests.errors import BankError
+from manifests.loading import load_json
+from manifests.storage import Store
+from pipeline.samples.shards import ShardRow
+
+_ROW_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("refused", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class IndexedShard:
+    """A shard's record and its rows, in order."""
+
+    record: ShardRecord
+    rows: tuple[ShardRow, ...]
+
+
+def encode_rows(shards: Sequence[IndexedShard]) -> bytes:
+    """Returns the Parquet of rows, one row group per shard."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, _ROW_SCHEMA, compression="zstd") as writer:
+        for shard in shards:
+            count = len(shard.rows)
+            table = pa.table(
+                {
+                    "shard": [shard.record.name] * count,
+                    "row": list(range(count)),
+                    "key": [row.key for row in shard.rows],
+                    "offset": [row.offset for row in shard.rows],
+                    "size": [row.size for row in shard.rows],
+                    "refused": [row.refused for row in shard.rows],
+                },
+                schema=_ROW_SCHEMA,
+            )
+            writer.write_table(table, row_group_size=max(count, 1))
+    return sink.getvalue()
+
+
+def write_index(store: Store, stem: str, shards: Sequence[IndexedShard]) -> None:
+    """Writes ``<stem>.parquet`` and then ``<stem>.json``."""
+    store.replace(f"{stem}.parquet", encode_rows(shards))
+    record = DatasetRecord(shards=tuple(shard.record for shard in shards))
+    text = json.dumps(record.model_dump(mode="json"), indent=1)
+    store.replace(f"{stem}.json", text.encode() + b"\n")
+
+
+def read_rows(data: bytes) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
+    """Yields (shard name, rows) for every shard of an index's Parquet, in order."""
+    file = pq.ParquetFile(io.BytesIO(data))
+    name: str | None = None
+    rows: list[ShardRow] = []
+    for group in range(file.num_row_groups):
+        table = file.read_row_group(group).to_pydict()
+        for shard, key, offset, size, refused in zip(
+            table["shard"],
+            table["key"],
+            table["offset"],
+            table["size"],
+            table["refused"],
+            strict=True,
+        ):
+            if shard != name:
+                if name is not None:
+                    yield name, tuple(rows)
+                name, rows = shard, []
+            rows.append(ShardRow(key, offset, size, refused))
+    if name is not None:
+        yield name, tuple(rows)
+
+
+def copy_part(
+    source: Store,
+    destination: Store,
+    stem: str,
+    shards: Sequence[ShardEntry],
+) -> None:
+    """Copies what a part of a bank's index says of some shards, of no other.
+
+    Args:
+        source: the bank to copy from.
+        destination: the one to copy to.
+        stem: name of the part in the source, such as ``part-00000``.
+        shards: those to keep, in order, with the part that they are to lie in.
+
+    Raises:
+        BankError: the part does not agree with the shards.
+    """
+    data = source.read(f"dataset/{stem}.parquet")
+    path = f"dataset/{stem}.json"
+    text = source.read(path)
+    record = load_json(DatasetRecord, text, source.url_of(path))
+    target = f"dataset/{shards[0].part}"
+    try:
+        rows = dict(read_rows(data))
+    except (pa.ArrowException, OSError) as error:
+        raise BankError(
+            f"dataset/{stem}.parquet of {source.url} is damaged ({error}); restore it "
+            "from a copy"
+        ) from error
+    records = {one.name: one for one in record.shards}
+    for shard in shards:
+        if shard.name not in records or len(rows.get(shard.name, ())) != shard.samples:
+            raise BankError(
+                f"{source.url_of(path)} and .parquet must hold the {shard.samples} "
+                f"rows of {shard.name}, got {len(rows.get(shard.name, ()))}; restore "
+                "them from a copy"
+            )
+    if len(shards) == len(record.shards):
+        destination.replace(f"{target}.parquet", data)
+        destination.replace(f"{target}.json", text)
+        return
+    kept = [IndexedShard(records[one.name], rows.get(one.name, ())) for one in shards]
+    write_index(destination, target, kept)
