@@ -27,7 +27,7 @@ from manifests.bank import (
 from manifests.errors import BankError
 from manifests.storage import Store
 from pipeline.bank import layout
-from pipeline.bank.card import render_card
+from pipeline.bank.card import write_card
 from pipeline.bank.commits import (
     BLOCKS_PATH,
     encode_blocks,
@@ -369,7 +369,7 @@ def finalise(store: Store, record: BankRecord) -> BankRecord:
     )
     finished = record.model_copy(update={"state": state})
     write_statistics(store, finished, committed)
-    store.replace("README.md", render_card(store.url, finished).encode())
+    write_card(store, finished)
     write_record(store, finished)
     return finished
 

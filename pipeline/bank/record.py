@@ -51,10 +51,15 @@ def open_record(url: str) -> tuple[Store, BankRecord]:
     return store, record
 
 
+def encode_record(record: BankRecord) -> bytes:
+    """Returns the bytes of ``bank.json``; equal for equal records."""
+    text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
+    return text.encode() + b"\n"
+
+
 def write_record(store: Store, record: BankRecord) -> None:
     """Replaces the record; only for the holder of the bank's lock."""
-    text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
-    store.replace(RECORD_PATH, text.encode() + b"\n")
+    store.replace(RECORD_PATH, encode_record(record))
 
 
 def view_policy_of(record: BankRecord) -> ViewPolicy:
