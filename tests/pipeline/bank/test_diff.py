@@ -117,6 +117,8 @@ def test_other_weights_under_the_same_name(home, told):
     code, said = told(other)
     assert code == 1
     assert "passes   net.image: weights.seed: 1 in A, 2 in B\n" in said
+    # Told from the commits alone, of objects of one size too.
+    assert "objects  6 of 9 have other bytes: features.zarr/net/image/16x16/log" in said
     found = facts(told(other, "--full", "--json"))
     assert found["objects"]["different"] == 6
     values = {one["output"]: one for one in found["values"]}
