@@ -253,7 +253,7 @@ class CommitContent(Strict):
         description="reason code to the rows of the block it holds for"
     )
     objects: dict[str, tuple[int, int]] = Field(
-        description="path in the bank to (size in bytes, crc32c)"
+        description="path in the bank to (size in bytes, crc32c, last byte first)"
     )
 
     @field_validator("invalid", mode="before")

@@ -11,7 +11,7 @@ from zarr.storage import MemoryStore
 from manifests.bank import BankRecord
 from manifests.storage import Store
 from pipeline.bank import layout
-from pipeline.bank.commits import list_commits, read_blocks
+from pipeline.bank.holdings import read_holdings
 from pipeline.bank.lock import read_lock
 from pipeline.bank.record import FEATURES
 from pipeline.bank.statistics import dead_channels
@@ -37,22 +37,20 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
     """Returns all that `info` prints, as JSON values."""
     live = [shard for shard in record.shards if not shard.retired]
     blocks = set(record.live_blocks)
+    holdings = read_holdings(store, record)
+    held = holdings.committed()
     stored: dict[str, int] = {}
-    if record.state is not None:
-        table = read_blocks(store)
-        for name, sizes in zip(
-            table["pass"].to_pylist(), table["size_bytes"].to_pylist(), strict=True
-        ):
-            stored[name] = stored.get(name, 0) + sum(sizes)
+    for (name, _), objects in holdings.table.items():
+        stored[name] = stored.get(name, 0) + sum(size for size, _ in objects.values())
+    missing = holdings.missing()
     passes = {}
     for entry in record.passes:
-        committed = len(list_commits(store, entry.id) & blocks)
         state = record.state
         passes[entry.id] = {
             "model": entry.model,
             "inputs": list(entry.inputs),
             "views": [entry.first_view, entry.last_view],
-            "blocks": committed,
+            "blocks": len(held[entry.id] & blocks),
             "blocks_total": len(blocks),
             "bytes": stored.get(entry.id),
             "valid": state.valid.get(entry.id) if state else None,
@@ -100,6 +98,7 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
             one.model_dump(mode="json", exclude={"outputs"})
             for one in record.exported_from
         ],
+        "missing": missing.to_json(),
         "lock": read_lock(store),
         "runs": len(runs),
         "last_failures": last.get("failures", []),

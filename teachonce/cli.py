@@ -109,6 +109,20 @@ def _parser() -> argparse.ArgumentParser:
             "export gs://acme/bank ./small --outputs cls dinov3/patch --views 0",
         )
     )
+    diff = verb(
+        "diff",
+        "Say what differs between two banks; exit 1 where anything does",
+        "diff bank/ gs://acme-banks/in1k-v1 --full",
+    )
+    diff.add_argument("a", metavar="A", help="path or URL of a bank")
+    diff.add_argument("b", metavar="B", help="path or URL of another")
+    diff.add_argument(
+        "--full",
+        action="store_true",
+        help="read every byte of what both have; where it differs, say how far apart "
+        "the decoded values are",
+    )
+    diff.add_argument("--json", action="store_true", help=_COMMON_HELP)
     finalise = verb(
         "finalise",
         "Make index, row arrays and statistics from the commits there are",

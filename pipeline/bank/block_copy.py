@@ -16,7 +16,7 @@ from manifests.loading import load_json
 from manifests.storage import Store
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.commits import commit_path, encode_commit
-from pipeline.bank.objects import object_crc32c
+from pipeline.bank.objects import has_crc32c
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import object_path
 from pipeline.bank.selection import PassPart
@@ -105,7 +105,7 @@ def copy_block(
         if len(data) != size:
             why = f"has {len(data)} bytes, its commit says {size}"
             raise _damaged(source, task, paths[path], why)
-        if object_crc32c([data]) != crc:
+        if not has_crc32c([data], crc):
             why = "has another crc32c than its commit says"
             raise _damaged(source, task, paths[path], why)
         destination.replace(path, data)
@@ -121,7 +121,7 @@ def copy_block(
 def _is_held(
     store: Store, path: str, size: int, crc: int, held: Mapping[str, int]
 ) -> bool:
-    return held.get(path) == size and object_crc32c([store.read(path)]) == crc
+    return held.get(path) == size and has_crc32c([store.read(path)], crc)
 
 
 def _read_commit(source: Store, task: BlockTask) -> tuple[bytes, Commit]:

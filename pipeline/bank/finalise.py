@@ -26,7 +26,7 @@ from manifests.bank import (
 from manifests.errors import BankError
 from manifests.storage import Store
 from pipeline.bank import layout
-from pipeline.bank.card import render_card
+from pipeline.bank.card import write_card
 from pipeline.bank.commits import (
     BLOCKS_PATH,
     encode_blocks,
@@ -34,7 +34,7 @@ from pipeline.bank.commits import (
     read_commits,
 )
 from pipeline.bank.dataset_index import read_rows
-from pipeline.bank.objects import object_crc32c
+from pipeline.bank.objects import has_crc32c
 from pipeline.bank.output_statistics import write_statistics
 from pipeline.bank.record import FEATURES, view_policy_of, write_record
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
@@ -115,7 +115,8 @@ def _read_facts(store: Store, commit: CommitContent) -> dict[str, list[Any]]:
     """
     path = object_path(commit.pass_id, commit.block)
     data = store.read_or_none(path)
-    if data is None or (len(data), object_crc32c([data])) != commit.objects[path]:
+    size, crc = commit.objects[path]
+    if data is None or len(data) != size or not has_crc32c([data], crc):
         state = "is missing" if data is None else "is not what was committed"
         raise BankError(
             f"{store.url_of(path)} (pass {commit.pass_id}, block {commit.block}, shard "
@@ -370,6 +371,6 @@ def finalise(
     )
     finished = record.model_copy(update={"state": state})
     make_statistics(store, finished, committed)
-    store.replace("README.md", render_card(store.url, finished).encode())
+    write_card(store, finished)
     write_record(store, finished)
     return finished

@@ -11,9 +11,16 @@ from collections.abc import Iterator
 
 from manifests.bank import BankRecord, OutputEntry, PassEntry
 from manifests.storage import Store
-from pipeline.bank.arrays import ArraySpec, group_metadata, metadata, resized
+from pipeline.bank.arrays import (
+    ArraySpec,
+    group_metadata,
+    metadata,
+    object_name,
+    resized,
+)
 from pipeline.bank.record import FEATURES
 from pipeline.bank.row_arrays import RowArray
+from pipeline.bank.rows import object_path
 from pipeline.samples.photometric import DEFINITION, PARAMETERS
 
 OWN_GEOMETRY = (
@@ -54,6 +61,17 @@ def feature_arrays(record: BankRecord) -> Iterator[ArraySpec]:
     for _, _, output in outputs(record):
         for data in output.arrays:
             yield ArraySpec.from_json(data)
+
+
+def block_objects(entry: PassEntry, block: int) -> set[str]:
+    """Returns the paths in the bank of all objects of one block of a pass."""
+    found = {
+        f"{FEATURES}/{object_name(ArraySpec.from_json(data), block, view)}"
+        for output in entry.outputs
+        for data in output.arrays
+        for view in entry.views
+    }
+    return found or {object_path(entry.id, block)}
 
 
 def valid_array(level: str) -> RowArray:

@@ -22,6 +22,7 @@ from pipeline.bank.blocks import BankArray, read_values
 from pipeline.bank.classifiers import SUFFIX, StoredClassifier, classifier_arrays
 from pipeline.bank.commits import read_blocks, read_commits
 from pipeline.bank.encodings import encoding_from_json
+from pipeline.bank.holdings import Missing, read_holdings
 from pipeline.bank.record import FEATURES, open_record
 from pipeline.bank.row_index import num_index_parts, read_index_part
 from pipeline.bank.sample_table import SampleTable
@@ -258,6 +259,10 @@ class Bank:
             if name in wanted
         ]
         return np.asarray(sorted(blocks), np.int64)
+
+    def missing(self) -> Missing:
+        """Returns what the bank lacks: it still grows, or was copied in part. Lists."""
+        return read_holdings(self._store, self.record).missing()
 
     def rows(self) -> Iterator[dict[str, object]]:
         """Yields a mapping per row: shard, key, row, block, offset, labels, valid."""

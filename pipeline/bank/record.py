@@ -69,10 +69,15 @@ def open_record(url: str) -> tuple[Store, BankRecord]:
     return store, record
 
 
+def encode_record(record: BankRecord) -> bytes:
+    """Returns the bytes of ``bank.json``; equal for equal records."""
+    text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
+    return text.encode() + b"\n"
+
+
 def write_record(store: Store, record: BankRecord, path: str = RECORD_PATH) -> None:
     """Replaces the record; only for the holder of the bank's lock."""
-    text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
-    store.replace(path, text.encode() + b"\n")
+    store.replace(path, encode_record(record))
 
 
 def view_policy_of(record: BankRecord) -> ViewPolicy:

@@ -20,7 +20,7 @@ from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.commits import commit_path, list_commits, read_blocks, read_commits
-from pipeline.bank.objects import decode_object, object_crc32c
+from pipeline.bank.objects import decode_object, has_crc32c
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import decode_rows
 from pipeline.bank.verify_frame import (
@@ -99,16 +99,6 @@ def _contents(
         yield content
 
 
-def _expected_objects(record: BankRecord, entry: PassEntry, block: int) -> set[str]:
-    found = {
-        f"{FEATURES}/{object_name(ArraySpec.from_json(data), block, view)}"
-        for output in entry.outputs
-        for data in output.arrays
-        for view in entry.views
-    }
-    return found or {f"rows/{entry.id}/{block:08d}.parquet"}
-
-
 def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport:
     """Returns what is wrong with a bank; every damaged block is named.
 
@@ -132,7 +122,7 @@ def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport
             lines[entry.id, content.block] = tuple(
                 (path, *content.objects[path]) for path in sorted(content.objects)
             )
-            _check_sizes(record, entry, content, sizes, report)
+            _check_sizes(entry, content, sizes, report)
         if full:
             _check_contents(store, record, entry, contents, report)
     report.orphans = sorted(set(sizes) - named)
@@ -162,13 +152,12 @@ def _fail(report: VerifyReport, content: CommitContent, path: str, why: str) -> 
 
 
 def _check_sizes(
-    record: BankRecord,
     entry: PassEntry,
     content: CommitContent,
     sizes: dict[str, int],
     report: VerifyReport,
 ) -> None:
-    for path in sorted(_expected_objects(record, entry, content.block)):
+    for path in sorted(layout.block_objects(entry, content.block)):
         report.objects += 1
         if path not in content.objects:
             _fail(report, content, path, "is not in its commit")
@@ -199,7 +188,7 @@ def _check_contents(
                 continue
             try:
                 data = store.read(path)
-                if object_crc32c([data]) != crc:
+                if not has_crc32c([data], crc):
                     why = "has another crc32c than its commit says"
                     found.append((content, path, why))
                 elif not entry.outputs:

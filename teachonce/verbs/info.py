@@ -6,6 +6,7 @@ import argparse
 import sys
 from typing import Any
 
+from pipeline.bank.holdings import Missing
 from pipeline.bank.layout import OWN_GEOMETRY
 from pipeline.bank.record import open_record
 from pipeline.info import bank_facts
@@ -20,7 +21,8 @@ def run(args: argparse.Namespace) -> int:
         text.print_json(facts)
     else:
         print_facts(facts)
-    return 0 if facts["complete"] and not facts["damaged_shards"] else 1
+    is_whole = facts["complete"] and not facts["damaged_shards"]
+    return 0 if is_whole and not Missing(**facts["missing"]).is_damaged else 1
 
 
 def print_facts(facts: dict[str, Any]) -> None:
@@ -79,6 +81,8 @@ def print_facts(facts: dict[str, Any]) -> None:
         print(f"faults   {facts['faults_without_row']} things in shards got no row")
     for name, why in facts["damaged_shards"].items():
         print(f"damaged  {name}: {why}")
+    for line in text.missing_lines(Missing(**facts["missing"])):
+        print(line)
     for failure in facts["last_failures"]:
         print(f"failed   {failure}", file=sys.stderr)
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.bank.holdings import Missing
+
+_FIRST = 5
 
 
 def size(number: float) -> str:
@@ -33,6 +38,31 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
     return "\n".join(lines)
+
+
+def named(names: Sequence[str]) -> str:
+    """Returns the first few of many names, and how many more there are."""
+    more = len(names) - _FIRST
+    return ", ".join(names[:_FIRST]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def missing_lines(missing: Missing, bank: str = "") -> Iterator[str]:
+    """Yields a line for each kind of thing that a bank lacks.
+
+    Args:
+        missing: what it lacks.
+        bank: which bank, where there are several.
+    """
+    lead = f"missing  {bank} " if bank else "missing  "
+    for name, blocks in missing.blocks.items():
+        yield f"{lead}pass {name}: {len(blocks):,} blocks have no commit"
+    for what, paths in (
+        ("commits", missing.commits),
+        ("objects", missing.objects),
+        ("files", missing.files),
+    ):
+        if paths:
+            yield f"{lead}{len(paths):,} {what}: {named(paths)}"
 
 
 def print_json(value: Any) -> None:

@@ -25,6 +25,7 @@ VERBS = (
     "plan",
     "precompute",
     "info",
+    "diff",
     "verify",
     "export",
     "finalise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,6 @@ def test_what_it_does_not_have_is_named(made):
 
 def test_a_block_committed_after_the_last_finalise_is_read(made, tmp_path):
     """As a bank that grows looks: commits newer than blocks.parquet."""
-    import shutil
-
     copy = tmp_path / "bank"
     shutil.copytree(made, copy)
     store, record = open_record(str(copy))
@@ -77,8 +76,6 @@ def test_a_block_committed_after_the_last_finalise_is_read(made, tmp_path):
 
 
 def test_a_damaged_object_is_refused_by_name(made, tmp_path):
-    import shutil
-
     copy = tmp_path / "bank"
     shutil.copytree(made, copy)
     victim = copy / "features.zarr" / PATCH / "c.1.0.0.0.0"
@@ -123,3 +120,45 @@ def test_metadata_is_written_once(made):
     layout.write_metadata(store, record)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert set(made.rglob("zarr.json")) == set(before)
+
+
+def test_what_a_bank_lacks(made, tmp_path):
+    """As it is while it grows, and as a copy that was broken off leaves it."""
+    assert not open_bank(str(made)).missing()
+    copy = tmp_path / "bank"
+    shutil.copytree(made, copy)
+    objects = [copy / "features.zarr" / PATCH / f"c.{n}.0.0.0.0" for n in (0, 2)]
+    objects[0].unlink()
+    objects[1].write_bytes(objects[1].read_bytes()[:-1])
+    (copy / "commits/net.image/00000001.json").unlink()
+    (copy / "index/part-00000.parquet").unlink()
+    (copy / "features.zarr" / PATCH / "zarr.json").unlink()
+    found = open_bank(str(copy)).missing()
+    assert found.is_damaged
+    assert found.blocks == {}
+    assert found.commits == ("commits/net.image/00000001.json",)
+    assert found.objects == tuple(str(path.relative_to(copy)) for path in objects)
+    assert found.files == (
+        f"features.zarr/{PATCH}/zarr.json",
+        "index/part-00000.parquet",
+    )
+    shutil.rmtree(copy / "commits/net.image")
+    (copy / "blocks.parquet").unlink()
+    found = open_bank(str(copy)).missing()
+    assert found.blocks == {"net.image": (0, 1, 2)}
+    assert (found.commits, found.objects) == ((), ())
+
+
+def test_a_bank_that_only_grows_is_not_damaged(made, tmp_path):
+    copy = tmp_path / "bank"
+    shutil.copytree(made, copy)
+    store, record = open_record(str(copy))
+    write_record(store, record.model_copy(update={"state": None}))
+    for path in ("blocks.parquet", "commits/net.image/00000002.json"):
+        (copy / path).unlink()
+    for path in (copy / "features.zarr").rglob("c.2.*"):
+        path.unlink()
+    found = open_bank(str(copy)).missing()
+    assert found
+    assert not found.is_damaged
+    assert found.blocks == {"net.image": (2,)}
