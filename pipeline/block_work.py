@@ -23,7 +23,7 @@ from manifests.bank import (
 from manifests.storage import Store
 from pipeline.bank.adoption import adopt_object, refuse_orphan
 from pipeline.bank.arrays import ArraySpec, object_name
-from pipeline.bank.encoding import Encoded
+from pipeline.bank.encoding import Encoded, mask_cells
 from pipeline.bank.objects import encode_object, object_crc32c, object_size
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import RowFacts, encode_rows, object_path
@@ -288,7 +288,10 @@ class BlockWork:
     ) -> Encoded:
         """Returns an output's rows as stored; cells on padding are missing."""
         encoded = output.encoding.encode(values, usable, reuse=True)
-        return self._inputs.mask(live, output, view, encoded, usable)
+        missing = self._inputs.missing_cells(live, output, view)
+        if missing is None:
+            return encoded
+        return mask_cells(output.encoding, encoded, missing, usable)
 
     def _write_object(
         self,

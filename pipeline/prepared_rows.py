@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bank.encoding import Encoded, mask_cells
 from pipeline.bank.point_index import NO_POINT
 from pipeline.decoding import DecodedSample
 from pipeline.live import LivePass, Prepared, PreparedKey, StoredOutput
@@ -137,24 +136,19 @@ class PreparedRows:
             found[one.input] = given
         return found
 
-    def mask(
-        self,
-        live: LivePass,
-        output: StoredOutput,
-        view: int,
-        encoded: Encoded,
-        usable: npt.NDArray[np.bool_],
-        rows: Rows = slice(None),
-    ) -> Encoded:
-        """Returns an output's stored rows, where cells on padding are missing.
+    def missing_cells(
+        self, live: LivePass, output: StoredOutput, view: int, rows: Rows = slice(None)
+    ) -> npt.NDArray[np.bool_] | None:
+        """Returns which cells of an output lie on padding; None where none do.
 
         Args:
             live: the pass.
             output: one of its outputs.
             view: number of the view.
-            encoded: of ``rows``.
-            usable: (len(rows),).
             rows: which rows.
+
+        Returns:
+            (len(rows), y, x) or (len(rows), t, y, x).
         """
         for size, one in live.prepared():
             if size != output.size or output.kind not in ("grid", "frames"):
@@ -162,8 +156,8 @@ class PreparedRows:
             prepared = self._arrays[one.key, view][rows]
             missing = one.spec.missing_cells(prepared, output.shape, output.pool)
             if missing is not None:
-                return mask_cells(output.encoding, encoded, missing, usable)
-        return encoded
+                return missing
+        return None
 
     def points_of(self, live: LivePass, output: StoredOutput) -> np.ndarray:
         """Returns which points of its sweep each row was given, (rows, P)."""
