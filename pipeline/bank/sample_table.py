@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ class ShardSpans:
 
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
-    refused: Mapping[int, str] = field(default_factory=dict)
+    refused: Mapping[int, str]
 
 
 class SampleTable:
@@ -72,15 +72,15 @@ class SampleTable:
         starts = np.flatnonzero(table["row"].to_numpy() == 0).tolist()
         ends = [*starts[1:], table.num_rows]
         refused = table["refused"]
-        why = {
-            line: refused[line].as_py()
-            for line in np.flatnonzero(refused.is_valid().to_numpy()).tolist()
-        }
+        lines = np.flatnonzero(refused.is_valid().to_numpy())
         return {
             table["shard"][start].as_py(): ShardSpans(
                 offset[start:end],
                 size[start:end],
-                {line - start: why[line] for line in why if start <= line < end},
+                {
+                    line - start: refused[line].as_py()
+                    for line in lines[(lines >= start) & (lines < end)].tolist()
+                },
             )
             for start, end in zip(starts, ends, strict=True)
         }

@@ -433,6 +433,19 @@ def test_reasons_that_cannot_be_reproduced(tmp_path, capsys):
     ]
 
 
+def test_a_key_twice_is_refused_again(tmp_path, capsys):
+    """Such a shard is read from its start; its other rows come out as they are."""
+    members = [(f"k{n}.jpg", jpeg(n)) for n in (0, 1, 2, 3, 1, 4)]
+    write_tar(tmp_path / "data/train-0.tar", members)
+    teachers = {"net": {**NET, "sizes": [[16, 16]], "outputs": {"logits": {}}}}
+    path = write_job(tmp_path, labels={}, teachers=teachers)
+    precompute(load_job(str(path)), quiet=True)
+    code, facts = run(capsys, tmp_path, rows=9)
+    found = facts["recheck"]
+    assert (code, found["rows"], found["invalid_rows"]) == (0, 4, 1)
+    assert found["outputs"][0]["identical"] == 4
+
+
 def test_outputs_that_refuse_a_row_refuse_it_again(tmp_path, capsys):
     """What overflows float16 does so again; a reason that was put there does not."""
     loud = {**NET, "sizes": [[16, 16]], "preprocess": {"std": [1e-7] * 3}}
