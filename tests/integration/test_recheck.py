@@ -33,6 +33,7 @@ from tests.conftest import (
     write_shards,
     write_tar,
 )
+from tests.contracts import made_elsewhere
 
 NETS = (
     TEACHER_FILE
@@ -587,6 +588,43 @@ def test_other_weights(tmp_path, capsys):
     told = refused(capsys, folder, *given)
     assert "net.weights must be those that the bank's numbers come from" in told
     assert "put them back" in told
+
+
+def test_folders_and_programs(tmp_path, capsys):
+    """A student of timm, one with a loader, and an exported program."""
+    made_elsewhere.write_files(tmp_path)
+    cases = ("student of timm", "student with a loader", "program")
+    teachers = {
+        name: {
+            "batch": 4,
+            **{k: v for k, v in made_elsewhere.CASES[case].items() if v is not None},
+            "sizes": [list(size) for size in made_elsewhere.CASES[case]["sizes"][:1]],
+        }
+        for name, case in zip(("vit", "rig", "program"), cases, strict=True)
+    }
+    folder = small(tmp_path, teachers=teachers)
+    for name in teachers:
+        told = refused(capsys, folder, "--teachers", name)
+        assert f"teacher {name} must be named by a job to be run" in told
+    code, facts = run(capsys, folder)
+    assert code == 0
+    for one in facts["recheck"]["outputs"]:
+        assert one["identical"] == one["compared"] == 5, one
+    given = ("--job", folder / "job.yaml", "--teachers")
+    marker = tmp_path / "ran"
+    loader = folder / "loader/model.py"
+    held = loader.read_text()
+    loader.write_text(f"{held}\nopen({str(marker)!r}, 'w')\n")
+    told = refused(capsys, folder, *given, "rig")
+    assert "rig.model must be the code that the bank's numbers come from" in told
+    assert not marker.exists()
+    loader.write_text(held)
+    edit(folder / "vit/config.json", lambda data: data["model_args"].update(depth=1))
+    told = refused(capsys, folder, *given, "vit")
+    assert "vit.model must be the code that the bank's numbers come from" in told
+    shutil.copy(folder / "grid_of_four.pt2", folder / "grid.pt2")
+    told = refused(capsys, folder, *given, "program")
+    assert "program.weights must be those that the bank's numbers come from" in told
 
 
 # Where the shards are.
