@@ -275,6 +275,7 @@ class Commit(Strict):
     """``commits/<pass>/<block>.json``: the small record that makes a block exist."""
 
     content: CommitContent
+    device: str = Field("", description="kind of device that its teacher ran on")
     timing: dict[str, float] = Field(default_factory=dict)
 
 

@@ -24,18 +24,15 @@ from manifests.storage import Store
 from pipeline.bank.adoption import adopt_object, refuse_orphan
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.objects import encode_object, object_crc32c, object_size
-from pipeline.bank.point_index import NO_POINT
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import RowFacts, encode_rows, object_path
-from pipeline.decoding import DecodedSample, SampleSchema, decode_sample
-from pipeline.live import LivePass, Prepared, StoredOutput, explain_failure
+from pipeline.decoding import SampleSchema, decode_sample
+from pipeline.live import LivePass, StoredOutput, explain_failure
 from pipeline.memory import Buffers
-from pipeline.samples.decoded import Decoded
-from pipeline.samples.points import Sweep
+from pipeline.prepared_rows import PreparedRows
 from pipeline.samples.shards import Sample
-from pipeline.samples.views import View, ViewPolicy, draw_view
+from pipeline.samples.views import ViewPolicy
 from pipeline.stopwatch import Stopwatch
-from teachers.inputs.points import PointsSpec
 
 OutputKey = tuple[StoredOutput, int]
 
@@ -86,37 +83,10 @@ class BlockWork:
         self._reasons: dict[str, dict[str, list[int]]] = {
             name: defaultdict(list) for name in self._passes
         }
-        self._needs: dict[Prepared, set[int]] = {}
-        for live in passes:
-            for _, one in live.prepared():
-                held = next((p for p in self._needs if p.key == one.key), one)
-                self._needs.setdefault(held, set()).update(live.entry.views)
-        self._inputs = {
-            (one.key, view): self._zeros(one)
-            for one, views in self._needs.items()
-            for view in views
-        }
-        # Which points of its sweep a row was given, where an output speaks of points.
-        self._points_given = {
-            one.key: np.full(
-                (record.block_rows, one.spec.num_points), NO_POINT, np.uint32
-            )
-            for live in passes
-            if any(output.kind == "index" for output in live.outputs)
-            for _, one in live.prepared()
-            if isinstance(one.spec, PointsSpec)
-        }
+        self._inputs = PreparedRows(passes, record.block_rows, buffers.take)
         self._outputs: dict[str, dict[OutputKey, np.ndarray]] = {}
         self._contents: list[CommitContent] = []
         self._bytes_written = 0
-
-    def _zeros(self, one: Prepared) -> np.ndarray:
-        array = self._buffers.take(
-            (self._record.block_rows, *one.spec.row_shape), one.spec.row_dtype
-        )
-        # An invalid row keeps its slot, which must not hold another block's pixels.
-        array.fill(0)
-        return array
 
     # Decoding.
 
@@ -139,33 +109,9 @@ class BlockWork:
         with self._watch.stage("decode"):
             decoded = decode_sample(sample, schema, refused)
         with self._watch.stage("prepare"):
-            self._prepare(offset, sample.key, decoded, policy)
+            self._inputs.put(offset, self.item.shard, sample.key, decoded, policy)
         read = sum(len(member) for member in sample.members.values())
         return self._row_done(offset, decoded.facts, read)
-
-    def _prepare(
-        self, offset: int, key: str, decoded: DecodedSample, policy: ViewPolicy
-    ) -> None:
-        views = sorted({view for wanted in self._needs.values() for view in wanted})
-        drawn: dict[int, View] = {
-            view: draw_view(policy, self.item.shard, key, view, decoded.facts.sizes)
-            for view in views
-        }
-        moved: dict[tuple[str, int], Decoded] = {}
-        for one, wanted in self._needs.items():
-            value = decoded.values.get(one.input)
-            if value is None:
-                continue
-            if isinstance(value, Sweep) and one.key in self._points_given:
-                assert isinstance(one.spec, PointsSpec)
-                self._points_given[one.key][offset] = one.spec.stored_rows(value)
-            for number in wanted:
-                view = drawn[number]
-                seen = value
-                if isinstance(value, Sweep):
-                    seen = moved.setdefault((one.input, number), value.in_view(view))
-                target = self._inputs[one.key, number]
-                target[offset] = one.spec.prepare(seen, view, one.input)
 
     def _row_done(
         self, offset: int, facts: RowFacts, bytes_read: int
@@ -225,11 +171,7 @@ class BlockWork:
         high: int,
         outputs: Mapping[OutputKey, np.ndarray],
     ) -> None:
-        arrays = {}
-        for of_size, one in live.prepared():
-            if of_size == size:
-                rows = self._inputs[one.key, view][low:high]
-                arrays[one.input] = _padded(rows, live.entry.batch)
+        arrays = self._inputs.batch(live, size, view, slice(low, high))
         try:
             found = live.forward(size, arrays)
         except (RuntimeError, MemoryError) as error:
@@ -308,7 +250,7 @@ class BlockWork:
         values = self._outputs_of(live)
         for (output, _), target in values.items():
             if output.kind == "index":
-                np.copyto(target, self._points_of(live, output))
+                np.copyto(target, self._inputs.points_of(live, output))
         while True:
             # A row that one output refuses is missing in all: encode until none is new.
             with self._watch.stage("encode"):
@@ -316,7 +258,7 @@ class BlockWork:
                     (output, view): output.encoding.encode(
                         array,
                         usable,
-                        missing_cells=self._missing_cells(live, output, view),
+                        missing_cells=self._inputs.missing_cells(live, output, view),
                         reuse=True,
                     )
                     for (output, view), array in values.items()
@@ -339,26 +281,6 @@ class BlockWork:
                 path, size, crc = self._write_object(spec, rows, view, usable, store)
                 objects[path] = (size, crc)
         return objects
-
-    def _missing_cells(
-        self, live: LivePass, output: StoredOutput, view: int
-    ) -> np.ndarray | None:
-        """Returns which cells of an output lie on padding; None where none can."""
-        for size, one in live.prepared():
-            if size != output.size or output.kind not in ("grid", "frames"):
-                continue
-            rows = self._inputs[one.key, view]
-            missing = one.spec.missing_cells(rows, output.shape, output.pool)
-            if missing is not None:
-                return missing
-        return None
-
-    def _points_of(self, live: LivePass, output: StoredOutput) -> np.ndarray:
-        """Returns which points of its sweep each row was given, (rows, P)."""
-        for size, one in live.prepared():
-            if size == output.size and one.key in self._points_given:
-                return self._points_given[one.key]
-        raise AssertionError("an output of points has a sweep")
 
     def _write_object(
         self,
@@ -398,9 +320,7 @@ class BlockWork:
                 return
             self._released = True
         if reuse:
-            for array in self._inputs.values():
-                self._buffers.give(array)
-            self._inputs = {}
+            self._inputs.release(self._buffers.give)
         self._on_released()
 
     @property
@@ -434,12 +354,3 @@ class BlockWork:
             bytes_written=self._bytes_written,
             objects=sum(len(content.objects) for content in self._contents),
         )
-
-
-def _padded(rows: np.ndarray, batch: int) -> np.ndarray:
-    """Returns a full batch: the kernel a row meets must not depend on its block."""
-    if len(rows) == batch:
-        return rows
-    full = np.zeros((batch, *rows.shape[1:]), rows.dtype)
-    full[: len(rows)] = rows
-    return full

@@ -29,7 +29,7 @@ from pipeline.block_work import BlockWork
 from pipeline.decoding import SampleSchema
 from pipeline.errors import PipelineError
 from pipeline.estimate import block_bytes, lane_bytes
-from pipeline.live import LivePass, load_passes, pick_device
+from pipeline.live import LivePass, device_kind, load_passes, pick_device
 from pipeline.memory import Budget, Buffers, keep_freed_memory
 from pipeline.samples.errors import ShardError
 from pipeline.samples.shards import RowSpan, Sample, read_samples
@@ -101,6 +101,7 @@ class Engine:
         self._limits = limits
         self._threads = num_threads(config)
         self.device = pick_device(config.device)
+        self._device_kind = device_kind(self.device)
         self._schema = SampleSchema.of(record.inputs, record.labels)
         self._policy = view_policy_of(record)
         self._passes: dict[str, LivePass] = load_passes(record, pass_ids, self.device)
@@ -313,7 +314,10 @@ class Engine:
                 continue
             timing = work.watch.seconds()
             written = sum(
-                write_commit(self._store, Commit(content=content, timing=timing))
+                write_commit(
+                    self._store,
+                    Commit(content=content, device=self._device_kind, timing=timing),
+                )
                 for content in contents
             )
             result = result.plus(block.result(written))

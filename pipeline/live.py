@@ -5,6 +5,7 @@ The one place of the engine that touches torch; imported when work begins.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,28 @@ def pick_device(name: str) -> str:
             f"engine.device {name!r} cannot be used: {reason}; use auto or cpu"
         ) from error
     return name
+
+
+def device_kind(device: str) -> str:
+    """Returns the kind of a device, on which equal work gives equal bits.
+
+    Of a CPU that is its model and the vector instructions that torch uses.
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                name, _, value = line.partition(":")
+                if name.strip() == "model name":
+                    return value.strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
 
 
 def set_lane_threads(threads: int) -> None:

@@ -116,7 +116,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     )
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Returns the versions that numbers depend on, as provenance keeps them."""
     found = {}
     for name in ("teachonce", "torch", "timm", "open_clip_torch", "numpy", "pillow"):
         try:
@@ -273,7 +274,7 @@ def resolve_teacher(
                         **asdict(described.cost),
                         "input_bytes": described.input_bytes,
                     },
-                    "versions": _versions(),
+                    "versions": installed_versions(),
                 },
             )
         )
@@ -308,6 +309,6 @@ def resolve_rows(
         labels=new_labels,
         teacher_fingerprint=digest(identity),
         fingerprint=digest(identity),
-        provenance={"identity": identity, "versions": _versions()},
+        provenance={"identity": identity, "versions": installed_versions()},
     )
     return entry, ids

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from manifests.errors import TeachOnceError
 from manifests.recipe import RowsConfig
 from pipeline.bank.open import Bank, open_bank
+from pipeline.bank.shard_copies import ShardCopies
 from student_train.batches import Batch, merge_batches
 from student_train.errors import TrainingError
 from student_train.making import BatchMaker, Making, Piece
@@ -32,7 +33,6 @@ from student_train.order import EpochOrder, view_of
 from student_train.parts import LoadedPart, PartKey, PartQueue
 from student_train.reading import OpenedReading, Reading
 from student_train.selection import select_rows
-from student_train.shard_copies import ShardCopies
 from student_train.targets import TargetSource
 
 # Blocks that are read before a lane needs them, over all lanes.

@@ -16,6 +16,7 @@ import torch
 
 from pipeline.bank.blocks import BankArray, BlockMaps, read_block
 from pipeline.bank.open import Bank
+from pipeline.bank.shard_copies import RowReader, ShardCopies
 from pipeline.samples.calibration import Calibration
 from pipeline.samples.errors import SampleError
 from student_train.batches import Batch, BatchMemory, Cameras
@@ -30,7 +31,6 @@ from student_train.parts import (
     StoredRows,
 )
 from student_train.reading import OpenedReading
-from student_train.shard_copies import RowReader, ShardCopies
 from student_train.targets import Target, as_stored
 
 Int64s = npt.NDArray[np.int64]

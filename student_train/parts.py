@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from student_train.shard_copies import RowReader
+from pipeline.bank.shard_copies import RowReader
 
 
 @dataclass(frozen=True)

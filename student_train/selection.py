@@ -8,7 +8,6 @@ import hashlib
 import numpy as np
 import numpy.typing as npt
 
-from manifests.bank import ShardEntry
 from manifests.recipe import RowsConfig
 from manifests.storage import read_url
 from pipeline.bank.open import Bank
@@ -67,16 +66,6 @@ def shard_names(bank: Bank, rows: npt.NDArray[np.int64]) -> list[str]:
     starts = [shard.first_block * bank.record.block_rows for shard in shards]
     places = np.searchsorted(starts, rows, side="right") - 1
     return [shards[place].name for place in places.tolist()]
-
-
-def shards_of(bank: Bank, rows: npt.NDArray[np.int64]) -> list[ShardEntry]:
-    """Returns the shards that some rows come from, in the bank's order."""
-    blocks = set(np.unique(rows // bank.record.block_rows).tolist())
-    return [
-        shard
-        for shard in bank.record.shards
-        if not blocks.isdisjoint(shard.block_numbers)
-    ]
 
 
 def _hashes(bank: Bank, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from manifests.loading import digest
 from manifests.recipe import Recipe, StageConfig
 from pipeline.bank.open import Bank, open_bank
+from pipeline.bank.shard_copies import shards_of
 from pipeline.samples.fitting import fit_size
 from student_train.batches import Batch
 from student_train.checkpoints import (
@@ -43,7 +44,7 @@ from student_train.optimizers import make_optimizer
 from student_train.run_folder import RunFolder
 from student_train.run_log import Meter, RunLog
 from student_train.schedules import lr_at
-from student_train.selection import select_rows, shards_of
+from student_train.selection import select_rows
 from student_train.students import make_student, seeded
 from student_train.tasks import Task, reading_of, resolve_tasks
 

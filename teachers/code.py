@@ -5,7 +5,12 @@ Imports neither torch nor a model library, so that a finished job is recognised 
 
 from __future__ import annotations
 
-from manifests.student_folder import read_student_folder
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from manifests.student_folder import LoaderFolder, read_student_folder
+from teachers.errors import TeacherError
 from teachers.interface import TeacherRequest
 from teachers.registry import FAMILIES
 from teachers.weights import digest, resolve
@@ -29,6 +34,47 @@ def code_digest(request: TeacherRequest) -> str | None:
             where = f"teachers.{request.name}.model"
             return read_student_folder(resolve(request.base, name), where).digest
     return None
+
+
+def is_code(family: str) -> bool:
+    """Returns whether a teacher of a family runs code that its model's name names."""
+    known = FAMILIES.get(family)
+    return known is not None and known.code_at is not None
+
+
+def check_code(request: TeacherRequest, identity: Mapping[str, Any]) -> None:
+    """Checks, running nothing, that a model's code is that of a teacher in a bank.
+
+    A program's file is its weights, which are checked as such.
+
+    Args:
+        request: names the code.
+        identity: of the teacher, from its provenance.
+
+    Raises:
+        StorageError, ManifestError: the code cannot be read.
+        TeacherError: it is not the code that the bank has its numbers from.
+    """
+    family = FAMILIES.get(request.config.family)
+    name, where = request.config.model_name, f"teachers.{request.name}.model"
+    found: dict[str, Any] = {}
+    match family.code_at if family else None:
+        case "file":
+            found["model"] = name.rpartition("/")[2]
+            found["code"] = code_digest(request)
+        case "folder":
+            folder = read_student_folder(resolve(request.base, name), where)
+            found["model"] = folder.identity
+            if isinstance(folder.document, LoaderFolder):
+                loader = folder.files[folder.document.loader_file]
+                found["code"] = hashlib.sha256(loader).hexdigest()
+    for field, value in found.items():
+        if value != identity.get(field):
+            raise TeacherError(
+                f"{where} must be the code that the bank's numbers come from, of "
+                f"{field} {identity.get(field)}, got {value} ({name}); code that "
+                "changed is not run, put the bank's back"
+            )
 
 
 def kinds_wanted(request_family: str, wants_points: bool) -> frozenset[str]:

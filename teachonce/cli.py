@@ -96,11 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     verify = verb(
         "verify",
         "Check that every committed block is what it was",
-        "verify bank/ --full",
+        "verify bank/ --recheck 64 --job job.yaml",
     )
-    verify.add_argument("bank", help="path or URL of the bank")
-    verify.add_argument("--full", action="store_true", help="read every byte")
-    verify.add_argument("--json", action="store_true", help=_COMMON_HELP)
+    _verify_arguments(verify)
     _export_arguments(
         verb(
             "export",
@@ -294,6 +292,39 @@ def _pack_arguments(pack: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace all shards of that name"
     )
     pack.add_argument("--json", action="store_true", help=_COMMON_HELP)
+
+
+def _verify_arguments(verify: argparse.ArgumentParser) -> None:
+    verify.add_argument("bank", help="path or URL of the bank")
+    verify.add_argument("--full", action="store_true", help="read every byte")
+    verify.add_argument(
+        "--recheck",
+        type=int,
+        metavar="N",
+        help="run N random valid rows, and as many that are not, through the live "
+        "teachers again and compare; needs the shards and the weights",
+    )
+    verify.add_argument(
+        "--job",
+        metavar="JOB",
+        help="with --recheck: the job whose teachers are run. A teacher that is code "
+        "(module:, student:, exported:) is never run on a bank's word: it must be in "
+        "this job, and its code must have the sha256 that the bank recorded. Other "
+        "teachers need no job; those in it have their weights from there",
+    )
+    verify.add_argument(
+        "--teachers", nargs="+", metavar="NAME", help="with --recheck: these alone"
+    )
+    verify.add_argument(
+        "--shards",
+        nargs="+",
+        metavar="URL",
+        help="with --recheck: where the shards lie now; headers and keys are compared",
+    )
+    verify.add_argument(
+        "--seed", type=int, default=0, help="with --recheck: another draws other rows"
+    )
+    verify.add_argument("--json", action="store_true", help=_COMMON_HELP)
 
 
 def _parse(given: Sequence[str]) -> argparse.Namespace:

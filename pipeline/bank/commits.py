@@ -58,6 +58,25 @@ def list_commits(store: Store, pass_id: str) -> set[int]:
     return blocks
 
 
+def read_commit(store: Store, pass_id: str, block: int) -> Commit:
+    """Returns the commit of one block of one pass.
+
+    Raises:
+        BankError: it is unreadable or speaks of another block.
+        StorageError: there is none.
+    """
+    path = commit_path(pass_id, block)
+    commit = load_json(Commit, store.read(path), store.url_of(path))
+    content = commit.content
+    if (content.pass_id, content.block) != (pass_id, block):
+        raise BankError(
+            f"{store.url_of(path)} speaks of {content.pass_id} block "
+            f"{content.block}; it was moved or edited, restore it or run "
+            "`precompute --repair`"
+        )
+    return commit
+
+
 def read_commits(
     store: Store, pass_id: str, blocks: Sequence[int]
 ) -> Iterator[CommitContent]:
@@ -68,15 +87,7 @@ def read_commits(
     """
 
     def read(block: int) -> CommitContent:
-        path = commit_path(pass_id, block)
-        content = load_json(Commit, store.read(path), store.url_of(path)).content
-        if (content.pass_id, content.block) != (pass_id, block):
-            raise BankError(
-                f"{store.url_of(path)} speaks of {content.pass_id} block "
-                f"{content.block}; it was moved or edited, restore it or run "
-                "`precompute --repair`"
-            )
-        return content
+        return read_commit(store, pass_id, block).content
 
     with ThreadPoolExecutor(_READERS) as pool:
         for start in range(0, len(blocks), 1024):

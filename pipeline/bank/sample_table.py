@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,10 +23,12 @@ class ShardSpans:
     Attributes:
         offset: (n,) int64, byte of the first header of each row's first member.
         size: (n,) int64, bytes from there to the end of its last member.
+        refused: row to why the index refused it.
     """
 
     offset: npt.NDArray[np.int64]
     size: npt.NDArray[np.int64]
+    refused: Mapping[int, str]
 
 
 class SampleTable:
@@ -61,16 +64,23 @@ class SampleTable:
             raise BankError(f"{self._url(part)} is missing; restore it from a copy")
         try:
             table = pq.read_table(
-                io.BytesIO(data), columns=["shard", "row", "offset", "size"]
+                io.BytesIO(data), columns=["shard", "row", "offset", "size", "refused"]
             )
         except (pa.ArrowException, OSError) as error:
             raise BankError(f"{self._url(part)} is damaged ({error})") from error
         offset, size = (table[name].to_numpy() for name in ("offset", "size"))
         starts = np.flatnonzero(table["row"].to_numpy() == 0).tolist()
         ends = [*starts[1:], table.num_rows]
+        refused = table["refused"]
+        lines = np.flatnonzero(refused.is_valid().to_numpy())
         return {
             table["shard"][start].as_py(): ShardSpans(
-                offset[start:end], size[start:end]
+                offset[start:end],
+                size[start:end],
+                {
+                    line - start: refused[line].as_py()
+                    for line in lines[(lines >= start) & (lines < end)].tolist()
+                },
             )
             for start, end in zip(starts, ends, strict=True)
         }

@@ -19,6 +19,7 @@ from manifests.inputs import ClipInput, ImageInput, InputConfig, PointsInput
 from manifests.recipe import Interpolation
 from pipeline.bank.open import Bank
 from pipeline.bank.record import view_policy_of
+from pipeline.bank.shard_copies import ShardCopies
 from pipeline.samples.calibration import Calibration, calibration_for_view, project
 from pipeline.samples.clips import decode_clip
 from pipeline.samples.errors import SampleError
@@ -27,7 +28,6 @@ from pipeline.samples.members import find_member, members_of
 from pipeline.samples.points import read_sweep
 from pipeline.samples.shards import Sample
 from pipeline.samples.views import View, draw_view
-from student_train.shard_copies import ShardCopies
 
 Size = tuple[int, int]
 Rows = npt.NDArray[np.int64]

@@ -15,6 +15,7 @@ from pipeline.bank.open import Bank, open_bank
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
 from pipeline.precompute import precompute
+from pipeline.recheck_rows import recheck
 from tests.conftest import POINTS_TEACHER, TEACHER_FILE
 
 CIFAR_PIXELS = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -83,6 +84,9 @@ def test_cifar10_logits_are_the_published_networks(shared_data, tmp_path):
         print(f"\n{name}: top-1 {found:.2f} %, largest logit difference {worst:.1e}")
         assert worst < 1e-3
         assert found == pytest.approx(top1, abs=0.005)
+    again = recheck(fields["bank"], 64, job=Job.model_validate(fields))
+    assert again.holds
+    assert [one.identical for one in again.outputs] == [64] * 4
 
 
 def test_imagenet_sample_in_one_pass(shared_data, tmp_path):

@@ -144,7 +144,7 @@ def test_shards_that_are_not_there(bank, joined, tmp_path):
     missing.shards[1].unlink()
     shards = [f"{missing.folder}/data/*.tar"]
     refused(
-        TrainingError,
+        BankError,
         r"data.shards must have a copy of the bank's train-1.tar, got none among 2 sh",
         bank,
         shards=shards,
@@ -165,7 +165,7 @@ def test_a_shard_of_another_size(bank, joined, tmp_path):
     with open(other.shards[2], "ab") as file:
         file.write(b"\0" * 1024)
     refused(
-        TrainingError,
+        BankError,
         r"data.shards: .*train-2.tar must be the bank's train-2.tar of \d+ bytes, got "
         r"\d+; give the shards that the bank was made from",
         bank,

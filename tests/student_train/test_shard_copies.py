@@ -8,11 +8,10 @@ import fsspec
 import numpy as np
 import pytest
 
-from manifests.errors import ManifestError, StorageError
+from manifests.errors import BankError, ManifestError, StorageError
 from pipeline.bank.open import Bank
+from pipeline.bank.shard_copies import ShardCopies
 from pipeline.samples.errors import ShardError
-from student_train.errors import TrainingError
-from student_train.shard_copies import ShardCopies
 from tests.student_train.conftest import BLOCK_ROWS
 
 ALL = np.array([*range(11), *range(12, 20), *range(20, 26)])
@@ -70,7 +69,7 @@ def test_only_the_shards_of_the_rows_are_needed(bank, joined, tmp_path):
     copies = ShardCopies(bank, [f"{tmp_path}/*.tar"], rows)
     assert {copies.url_of(block) for block in (3, 4)} == {f"{tmp_path}/train-1.tar"}
     message = "data.shards must have a copy of the bank's train-0.tar, got none among 1"
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(BankError, match=message):
         ShardCopies(bank, [f"{tmp_path}/*.tar"], ALL)
 
 
@@ -90,7 +89,7 @@ def test_copies_in_several_folders(bank, joined, tmp_path):
     assert copies.url_of(6) == f"{tmp_path}/part2/train-2.tar"
     # Which of two?
     shutil.copy(joined.shards[2], tmp_path / "part0")
-    with pytest.raises(TrainingError, match=r"copy of the bank's train-2.tar, got"):
+    with pytest.raises(BankError, match=r"copy of the bank's train-2.tar, got"):
         ShardCopies(bank, [f"{tmp_path}/*/*.tar"], ALL)
 
 
@@ -133,7 +132,7 @@ def test_patterns_that_are_wrong(bank, joined, tmp_path):
 def test_another_size(bank, joined, memory):
     memory.pipe_file("/shards/train-1.tar", joined.shards[1].read_bytes()[:-512])
     message = r"data\.shards: memory://.*/train-1.tar must be the bank's train-1.tar of"
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(BankError, match=message):
         ShardCopies(bank, ["memory://shards/*.tar"], ALL)
 
 
@@ -173,7 +172,7 @@ def test_a_shard_cut_while_it_is_read(bank, joined, tmp_path, memory):
 
 def test_headers_are_compared_once(bank, joined, monkeypatch):
     asked = []
-    from student_train import shard_copies
+    from pipeline.bank import shard_copies
 
     plain = shard_copies.index_shard
     monkeypatch.setattr(

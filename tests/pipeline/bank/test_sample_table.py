@@ -32,12 +32,15 @@ def entry(name: str, samples: int, part: str = "p0") -> ShardEntry:
     )
 
 
-def write(folder, rows, part="p0"):
-    """A part of a dataset's index: (shard, row, offset, size)."""
+def write(folder, rows, part="p0", refused=()):
+    """A part of a dataset's index: (shard, row, offset, size), why by (shard, row)."""
     columns = zip(*rows, strict=True) if rows else ((), (), (), ())
     types = (pa.string(), pa.int64(), pa.int64(), pa.int64())
     names = ("shard", "row", "offset", "size")
     arrays = [pa.array(c, t) for c, t in zip(columns, types, strict=True)]
+    why = dict(refused)
+    arrays.append(pa.array([why.get(row[:2]) for row in rows], pa.string()))
+    names = (*names, "refused")
     (folder / "dataset").mkdir(exist_ok=True)
     pq.write_table(pa.table(arrays, names), folder / "dataset" / f"{part}.parquet")
 
@@ -62,6 +65,15 @@ def test_rows_of_each_shard(tmp_path):
         assert spans.offset.tolist() == [row[2] for row in rows]
         assert spans.size.tolist() == [row[3] for row in rows]
         assert spans.offset.dtype == spans.size.dtype == np.int64
+
+
+def test_why_the_index_refused_a_row(tmp_path):
+    why = {("a", 2): "duplicate_key: .jpg again", ("c", 0): "duplicate_key: .cls again"}
+    write(tmp_path, ROWS, refused=why.items())
+    table = SampleTable(Store(str(tmp_path)))
+    assert table.spans(entry("a", 3)).refused == {2: "duplicate_key: .jpg again"}
+    assert table.spans(entry("b", 1)).refused == {}
+    assert table.spans(entry("c", 2)).refused == {0: "duplicate_key: .cls again"}
 
 
 def test_a_part_is_read_once(tmp_path):

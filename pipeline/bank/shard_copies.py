@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manifests.bank import ShardEntry
-from manifests.errors import StorageError
+from manifests.errors import BankError, StorageError
 from manifests.storage import is_local, open_url, read_range
 from pipeline.bank.open import Bank
 from pipeline.bank.sample_table import SampleTable
@@ -30,10 +30,18 @@ from pipeline.samples.shards import (
     read_samples,
 )
 from pipeline.samples.sources import expand_shards, name_shards, stat_shards
-from student_train.errors import TrainingError
-from student_train.selection import shards_of
 
 Int64s = npt.NDArray[np.int64]
+
+
+def shards_of(bank: Bank, rows: Int64s) -> list[ShardEntry]:
+    """Returns the shards that some rows come from, in the bank's order."""
+    blocks = set(np.unique(rows // bank.record.block_rows).tolist())
+    return [
+        shard
+        for shard in bank.record.shards
+        if not blocks.isdisjoint(shard.block_numbers)
+    ]
 
 
 class RowReader(Protocol):
@@ -51,31 +59,39 @@ class RowReader(Protocol):
 class ShardCopies:
     """Where a bank's shards lie for this reader."""
 
-    def __init__(self, bank: Bank, patterns: Sequence[str] | None, rows: Int64s):
+    def __init__(
+        self,
+        bank: Bank,
+        patterns: Sequence[str] | None,
+        rows: Int64s,
+        field: str = "data.shards",
+    ) -> None:
         """Matches and checks the copies of the shards that ``rows`` come from.
 
         Args:
             bank: an open bank.
             patterns: absolute paths or URLs; None for where the bank found them.
             rows: rows of the bank that will be read.
+            field: that the patterns stand in, for messages.
 
         Raises:
-            TrainingError: a shard has no copy, or the copy has another size.
+            BankError: a shard has no copy, or the copy has another size.
             StorageError: a copy cannot be read.
         """
         wanted = shards_of(bank, rows)
         if patterns is None:
             self._urls = {shard.name: shard.url for shard in wanted}
         else:
-            self._urls = _match(wanted, expand_shards(patterns, "data.shards"))
+            self._urls = _match(wanted, expand_shards(patterns, field), field)
         urls = [self._urls[shard.name] for shard in wanted]
-        for shard, stat in zip(wanted, stat_shards(urls, "data.shards"), strict=True):
+        for shard, stat in zip(wanted, stat_shards(urls, field), strict=True):
             if stat.size_bytes != shard.size_bytes:
-                raise TrainingError(
-                    f"data.shards: {self._urls[shard.name]} must be the bank's "
+                raise BankError(
+                    f"{field}: {self._urls[shard.name]} must be the bank's "
                     f"{shard.name} of {shard.size_bytes} bytes, got {stat.size_bytes}; "
                     "give the shards that the bank was made from"
                 )
+        self._field = field
         self._shard_of = {
             block: shard for shard in wanted for block in shard.block_numbers
         }
@@ -130,13 +146,15 @@ class ShardCopies:
                 return
             if index_shard(url).headers_sha256 != shard.headers_sha256:
                 raise ShardError(
-                    f"data.shards: {url} must be the bank's {shard.name}, but its "
+                    f"{self._field}: {url} must be the bank's {shard.name}, but its "
                     "members differ; give the shards that the bank was made from"
                 )
             self._checked[url] = None
 
 
-def _match(wanted: Sequence[ShardEntry], urls: Sequence[str]) -> dict[str, str]:
+def _match(
+    wanted: Sequence[ShardEntry], urls: Sequence[str], field: str
+) -> dict[str, str]:
     """Returns the URL of each shard's copy: the one whose path ends in its name."""
     by_name = dict(zip(name_shards(urls), urls, strict=True))
     by_base: dict[str, list[str]] = {}
@@ -151,10 +169,10 @@ def _match(wanted: Sequence[ShardEntry], urls: Sequence[str]) -> dict[str, str]:
             near = [url for url in near if url.endswith("/" + shard.name)]
         copy = by_name.get(shard.name) or (near[0] if len(near) == 1 else None)
         if copy is None:
-            raise TrainingError(
-                f"data.shards must have a copy of the bank's {shard.name}, got none "
-                f"among {len(urls)} shards ({urls[0]}, ...); add it, or take rows of "
-                "other shards (data.rows.shards)"
+            raise BankError(
+                f"{field} must have a copy of the bank's {shard.name}, got none "
+                f"among {len(urls)} shards ({urls[0]}, ...); add it, or ask for rows "
+                "of other shards alone"
             )
         found[shard.name] = copy
     return found
