@@ -120,13 +120,14 @@ class OutputConfig(Strict):
     source: str | None = Field(
         None,
         alias="from",
-        description="module family: submodule path or `output`, then [index or key]",
+        description="module, student and exported families: `output` or a submodule's "
+        "path, then [index or key]",
     )
     layout: Literal["nc", "nchw", "nhwc", "nlc", "ncl", "ntchw"] | None = Field(
-        None, description="module family: axes of what it takes; omitted: by rank"
+        None, description="of what `from` takes: its axes; omitted: by rank"
     )
     grid: tuple[int, int] | tuple[int, int, int] | None = Field(
-        None, description="module family: grid of an nlc output, (y, x) or (t, y, x)"
+        None, description="of an nlc output: its grid, (y, x) or (t, y, x)"
     )
     extent: BevExtent | None = Field(
         None, description="of a bird's-eye grid: what it covers, in metres"

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.bank.point_index import NO_POINT
 from pipeline.decoding import DecodedSample
 from pipeline.live import LivePass, Prepared, PreparedKey, StoredOutput
 from pipeline.samples.decoded import Decoded
-from pipeline.samples.points import Sweep
+from pipeline.samples.points import NO_POINT, Sweep
 from pipeline.samples.views import View, ViewPolicy, draw_view
 from teachers.inputs.points import PointsSpec
 

@@ -7,18 +7,16 @@ its block is committed there: that was written after its objects were checked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from manifests.bank import Commit, CommitContent, PassEntry
+from manifests.bank import Commit, CommitContent
 from manifests.errors import BankError
 from manifests.loading import load_json
 from manifests.storage import Store
-from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.commits import commit_path, encode_commit
+from pipeline.bank.layout import block_objects
 from pipeline.bank.objects import has_crc32c
-from pipeline.bank.record import FEATURES
-from pipeline.bank.rows import object_path
 from pipeline.bank.selection import PassPart
 
 
@@ -52,17 +50,6 @@ class BlockCopied:
     held_objects: int = 0
 
 
-def object_paths(entry: PassEntry, block: int) -> Iterator[str]:
-    """Yields the paths in the bank of the objects that a block of a pass has."""
-    if not entry.outputs:
-        yield object_path(entry.id, block)
-    for output in entry.outputs:
-        for data in output.arrays:
-            spec = ArraySpec.from_json(data)
-            for view in entry.views:
-                yield f"{FEATURES}/{object_name(spec, block, view)}"
-
-
 def copy_block(
     source: Store, destination: Store, task: BlockTask, held: Mapping[str, int]
 ) -> BlockCopied:
@@ -84,8 +71,8 @@ def copy_block(
     """
     entry = task.part.target
     raw, commit = _read_commit(source, task)
-    there = list(object_paths(entry, task.target))
-    paths = dict(zip(there, object_paths(entry, task.source), strict=True))
+    there = block_objects(entry, task.target)
+    paths = dict(zip(there, block_objects(entry, task.source), strict=True))
     content = commit.content
     lacking = [path for path in paths.values() if path not in content.objects]
     if lacking:

@@ -63,15 +63,18 @@ def feature_arrays(record: BankRecord) -> Iterator[ArraySpec]:
             yield ArraySpec.from_json(data)
 
 
-def block_objects(entry: PassEntry, block: int) -> set[str]:
-    """Returns the paths in the bank of all objects of one block of a pass."""
-    found = {
+def block_objects(entry: PassEntry, block: int) -> list[str]:
+    """Returns the paths in the bank of all objects of one block of a pass.
+
+    In the order of its outputs, arrays and views: the same for every block.
+    """
+    found = [
         f"{FEATURES}/{object_name(ArraySpec.from_json(data), block, view)}"
         for output in entry.outputs
         for data in output.arrays
         for view in entry.views
-    }
-    return found or {object_path(entry.id, block)}
+    ]
+    return found or [object_path(entry.id, block)]
 
 
 def valid_array(level: str) -> RowArray:

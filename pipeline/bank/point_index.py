@@ -10,9 +10,7 @@ import numpy.typing as npt
 
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.encoding import AXES, Array, Encoded, Encoding, register
-
-NO_POINT = int(np.iinfo(np.uint32).max)
-"""Index of what is no point: padding of a small sweep, or a row that is missing."""
+from pipeline.samples.points import NO_POINT
 
 
 @register("index")

@@ -21,6 +21,9 @@ from pipeline.samples.point_formats import find_reader
 from pipeline.samples.shards import Sample
 from pipeline.samples.views import View
 
+NO_POINT = 2**32 - 1
+"""Number of what is no point: padding of a small sweep, or a row without one."""
+
 
 @dataclass(frozen=True, eq=False)
 class Sweep:

@@ -16,7 +16,7 @@ from torch import Tensor
 from manifests.teacher import PreprocessConfig
 from pipeline.samples.decoded import Decoded
 from pipeline.samples.errors import SampleError
-from pipeline.samples.points import Sweep
+from pipeline.samples.points import NO_POINT, Sweep
 from pipeline.samples.views import View
 from teachers.errors import TeacherError
 from teachers.inputs.spec import InputSpec, as_tensor
@@ -24,8 +24,6 @@ from teachers.interface import GroupInput
 
 _XYZ = ("x", "y", "z")
 _MIN_RADIUS = 1e-6
-NO_POINT = np.iinfo(np.uint32).max
-"""Index of a point that is none: padding of a small sweep, or a row without one."""
 
 
 @dataclass(frozen=True)

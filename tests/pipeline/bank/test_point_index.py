@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from pipeline.bank.encodings import encoding_from_json
-from pipeline.bank.point_index import NO_POINT, PointIndex
+from pipeline.bank.point_index import PointIndex
+from pipeline.samples.points import NO_POINT
 
 ENCODING = PointIndex(name="points_index", kind="index", shape=(4,), dtype="uint32")
 
