@@ -184,7 +184,8 @@ class Half(Encoding):
     ) -> npt.NDArray[np.float32]:
         """Returns half a unit in the last place of each."""
         del arrays
-        return np.maximum(abs(decoded) * np.float32(2**-11), np.float32(2**-25))
+        relative: npt.NDArray[np.float32] = abs(decoded) * np.float32(2**-11)
+        return np.maximum(relative, np.float32(2**-25))
 
     def decode(self, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]:
         """Returns the rounded values as float32; missing rows are NaN."""

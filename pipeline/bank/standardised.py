@@ -215,11 +215,12 @@ class Standardised(Encoding):
 
     def bound(self, arrays: Mapping[str, Array], decoded: Floats) -> Floats:
         """Returns half a step of each value, and the rounding of float32."""
-        half = 0.5 * self._steps(arrays["_scale"]) * self._by_row(arrays["_std"])
+        steps = self._steps(arrays["_scale"]) * self._by_row(arrays["_std"])
         size = abs(decoded) + abs(self._by_row(arrays["_mean"]))
-        return half * np.float32(1 + 2**-14) + size * np.float32(2**-21)
+        found: Floats = steps * np.float32(0.5 + 2**-15) + size * np.float32(2**-21)
+        return found
 
-    def _by_row(self, values: Array) -> Array:
+    def _by_row(self, values: Floats) -> Floats:
         """Returns (rows, channels) with the axes of a row between them."""
         between = [1] * (len(self.shape) - 1)
         return values.reshape(len(values), *between, self.shape[-1])
