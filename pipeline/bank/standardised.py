@@ -1,4 +1,4 @@
-"""What ``compact`` and ``tiny`` share: cells standardised by the chunk that they lie in.
+"""What ``compact`` and ``tiny`` share: cells standardised by the chunk they lie in.
 
 Each chunk is standardised by its own channels' mean and deviation, so no calibration is
 needed (a block stays a pure function of its shard) and a channel a hundred times wider
