@@ -12,8 +12,8 @@ and one token in a hundred a hundred times as large.
   as a loss sees them; ``worst``: largest mean squared error of a live channel over its
   variance.
 - MB/s of the values given, one thread, fastest round; from values to an object's bytes,
-  and from those to float32. Beside them what a ViT-S of timm gives on the same thread in
-  the same run, and what share of its time the encoding of its tokens takes.
+  and from those to float32. Beside them what a ViT-S of timm gives on the same thread
+  in the same run, and what share of its time the encoding of its tokens takes.
 
 Ends with what was asked of bytes, loss and speed beside what was found; exit 1 where
 one does not hold.
@@ -234,7 +234,7 @@ def main() -> int:
     for what, most, value in asked(measured, teacher):
         holds &= value <= most
         print(
-            f"{what:40} {most:7.2g} {value:9.2g}  {'' if value <= most else 'MISSED'}"
+            f"{what:40} {most:7.3g} {value:9.3g}  {'' if value <= most else 'MISSED'}"
         )
     return 0 if holds else 1
 

@@ -1,4 +1,4 @@
-"""A bank in `compact` and `tiny`, from shards to a student, beside the same bank in `lossless`."""
+"""A bank in `compact` and `tiny`, from shards to a student, beside `lossless`."""
 
 from __future__ import annotations
 
