@@ -1,4 +1,4 @@
-"""What each encoding costs and loses on a teacher's own tokens.
+"""What each encoding costs and loses on a teacher's own tokens, and what was asked.
 
     python benchmarks/encodings.py --tokens FILE.npy [--dtype bfloat16] [--rounds 5]
 
@@ -12,7 +12,11 @@ and one token in a hundred a hundred times as large.
   as a loss sees them; ``worst``: largest mean squared error of a live channel over its
   variance.
 - MB/s of the values given, one thread, fastest round; from values to an object's bytes,
-  and from those to float32.
+  and from those to float32. Beside them what a ViT-S of timm gives on the same thread
+  in the same run, and what share of its time the encoding of its tokens takes.
+
+Ends with what was asked of bytes, loss and speed beside what was found; exit 1 where
+one does not hold.
 """
 
 from __future__ import annotations
@@ -22,11 +26,13 @@ import datetime
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import timm
 import torch
 
 from manifests.teacher import OutputConfig
@@ -35,7 +41,8 @@ from pipeline.bank.encodings import make_encoding
 from pipeline.bank.objects import decode_object, encode_object
 from pipeline.bank.statistics import dead_channels, floored_std
 
-PRESETS = ("raw", "lossless", "half", "compact")
+PRESETS = ("raw", "lossless", "half", "compact", "tiny")
+TEACHER, TEACHER_BATCH = "vit_small_patch16_224", 16
 Floats = npt.NDArray[np.float32]
 
 
@@ -134,7 +141,47 @@ def seconds_of(
     )
 
 
-def main() -> None:
+def make(preset: str, shape: tuple[int, ...], dtype: str) -> Encoding:
+    """Returns the encoding of a grid."""
+    config = OutputConfig.model_validate({"encoding": preset})
+    return make_encoding(config, name="patch", kind="grid", shape=shape, dtype=dtype)
+
+
+@dataclass
+class Found:
+    """What was measured of one preset on one case; MB/s of the tokens as they are."""
+
+    preset: str
+    case: str
+    size: float
+    apart: float
+    worst: float
+    encode: float = 0.0
+
+
+def asked(found: list[Found], teacher: float) -> Iterator[tuple[str, float, float]]:
+    """Yields (what, at most, found) of what was asked of tokens in bfloat16."""
+    plain = {one.preset: one for one in found if one.case == next(iter(CASES))}
+    compact = [one for one in found if one.preset == "compact"]
+    yield "lossless, bytes a value", 1.52, plain["lossless"].size
+    yield "compact, bytes a value, all cases", 0.92, max(x.size for x in compact)
+    yield "compact, 1 - cos, all cases", 1e-4, max(x.apart for x in compact)
+    yield "compact, worst channel, all cases", 1e-2, max(x.worst for x in compact)
+    for preset, one in plain.items():
+        yield f"{preset}, share of the teacher's time", 1.0, teacher / one.encode
+
+
+def teacher_speed(rounds: int, dtype: str) -> float:
+    """Returns the MB/s of tokens that a ViT-S gives, in the type of the tokens."""
+    model = timm.create_model(TEACHER, pretrained=False).eval()
+    pixels = torch.rand(TEACHER_BATCH, 3, 224, 224)
+    with torch.inference_mode():
+        tokens = model.forward_features(pixels)[:, model.num_prefix_tokens :]
+        seconds = fastest(lambda: model.forward_features(pixels), rounds)
+    return tokens.numel() * getattr(torch, dtype).itemsize / seconds / 1e6
+
+
+def main() -> int:
     """Prints a line per case and encoding."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--tokens", required=True, help=".npy, (rows, ..., channels)")
@@ -154,31 +201,43 @@ def main() -> None:
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {rows} rows of "
         f"{cells} x {channels} {arguments.dtype}"
     )
+    torch.set_num_threads(1)
     print(f"{'':32} bytes   1 - cos     worst  encode  decode MB/s")
+    measured: list[Found] = []
     for case, change in CASES.items():
         changed = tokens_RNC.copy()
         change(changed)
         values = as_given(changed, arguments.dtype).reshape(rows, 1, cells, channels)
         exact = to_float32(values, arguments.dtype).reshape(-1, channels)
         for preset in PRESETS:
-            encoding = make_encoding(
-                OutputConfig.model_validate({"encoding": preset}),
-                name="patch",
-                kind="grid",
-                shape=(1, cells, channels),
-                dtype=arguments.dtype,
-            )
+            encoding = make(preset, (1, cells, channels), arguments.dtype)
             objects = to_objects(encoding, values)
             found = to_values(encoding, objects, rows).reshape(-1, channels)
             size = sum(map(len, objects.values())) / values.size
             apart, worst = loss_of(exact, found)
+            measured.append(Found(preset, case, size, apart, worst))
             line = f"{case:22} {preset:9} {size:5.3f} {apart:9.1e} {worst:9.1e}"
             if case == "as they are":
                 seconds = seconds_of(encoding, values, arguments.rounds)
                 encode, decode = (values.nbytes / one / 1e6 for one in seconds)
                 line += f" {encode:7.0f} {decode:7.0f}"
-            print(line)
+                measured[-1].encode = encode
+            print(line, flush=True)
+    teacher = teacher_speed(arguments.rounds, arguments.dtype)
+    print(
+        f"{TEACHER}, batch {TEACHER_BATCH}, float32: {teacher:.2f} MB/s of its tokens"
+    )
+    if arguments.dtype != "bfloat16":
+        return 0
+    print(f"{'asked of bfloat16':40} at most     found")
+    holds = True
+    for what, most, value in asked(measured, teacher):
+        holds &= value <= most
+        print(
+            f"{what:40} {most:7.3g} {value:9.3g}  {'' if value <= most else 'MISSED'}"
+        )
+    return 0 if holds else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -102,8 +102,10 @@ class BevExtent(Strict):
 class OutputConfig(Strict):
     """One output of a teacher and how it is stored."""
 
-    encoding: Literal["raw", "lossless", "half", "compact", "topk"] = Field(
-        "lossless", description="how it is stored; compact (int8) takes grids alone"
+    encoding: Literal["raw", "lossless", "half", "compact", "tiny", "topk"] = Field(
+        "lossless",
+        description="how it is stored; compact (8 bits a value) and tiny (4) take "
+        "grids alone",
     )
     topk: int | None = Field(
         None, ge=1, description="keep the k largest logits (implies encoding topk)"

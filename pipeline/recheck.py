@@ -28,11 +28,12 @@ round otherwise. Measured between AVX512 and AVX2, the worst of 40 rows: 1 - 3e-
 ResNet-56 in float32, 0.99977 of a ViT in bfloat16, standardised.
 """
 
-ROW_BY_ROW = frozenset({"raw", "lossless", "half", "topk", "index"})
-"""Encodings that store a row by its own values alone, so that its bits are known."""
-
-_EXACT = frozenset({"raw", "lossless"})
-"""Where nothing is rounded, the standardised row must be as near as the row itself."""
+TOLERANCE = (
+    "a row's cosine, plain and standardised, must be at least "
+    f"{LEAST_COSINE['float32']} ({LEAST_COSINE['bfloat16']} where the teacher computes "
+    "in 16 bits), what its encoding rounds off taken away"
+)
+"""What is asked of rows whose bits need not be the same, in words."""
 
 
 def choose_rows(
@@ -80,6 +81,10 @@ class Moments:
             return None
         return cls(statistics["mean"], floored_std(statistics["variance"]))
 
+    def standardise(self, values: Floats) -> Floats:
+        """Returns (..., C) values standardised."""
+        return (values - self.mean) / self.std
+
 
 @dataclass(frozen=True)
 class Nearness:
@@ -90,16 +95,20 @@ class Nearness:
             other values are missing.
         standardised: (n,) the same after standardising; None without moments.
         error: (n,) largest absolute difference.
+        excess: (n,) how far a value is beyond what its encoding may have rounded off,
+            the largest.
+        allowed: (n,) the lesser cosine, plain or standardised, after that much of every
+            difference was taken away.
         identical: (n,) whether every stored bit is the same.
-        is_exact: whether the encoding rounds nothing.
-        least: cosine of a row that is near.
+        least: what ``allowed`` must be of a row that is near.
     """
 
     cosine: Floats
     standardised: Floats | None
     error: Floats
+    excess: Floats
+    allowed: Floats
     identical: Bools
-    is_exact: bool
     least: float
 
     def take(self, rows: Bools) -> Nearness:
@@ -109,14 +118,16 @@ class Nearness:
             self.cosine[rows],
             standardised,
             self.error[rows],
+            self.excess[rows],
+            self.allowed[rows],
             self.identical[rows],
-            self.is_exact,
             self.least,
         )
 
     def put(self, rows: npt.NDArray[np.intp], other: Nearness) -> None:
         """Replaces that of some rows."""
         self.cosine[rows], self.error[rows] = other.cosine, other.error
+        self.excess[rows], self.allowed[rows] = other.excess, other.allowed
         self.identical[rows] = other.identical
         if self.standardised is not None and other.standardised is not None:
             self.standardised[rows] = other.standardised
@@ -125,19 +136,16 @@ class Nearness:
         """Returns (n,) which rows are what is expected of them.
 
         Args:
-            bits: (n,) whether a row's bits must be the same. Of others the cosine must
-                be at least `least`, and where nothing is rounded the standardised too.
+            bits: (n,) whether a row's bits must be the same. Of others the cosines
+                must be at least `least`, the encoding's own rounding taken away.
         """
-        is_near = self.cosine >= self.least
-        if self.standardised is not None and self.is_exact:
-            is_near &= self.standardised >= self.least
-        return np.where(bits, self.identical, is_near)
+        return np.where(bits, self.identical, self.allowed >= self.least)
 
 
 def compare(
     encoding: Encoding,
     stored: Mapping[str, Array],
-    again: Mapping[str, Array] | None,
+    again: Mapping[str, Array],
     exact: npt.NDArray[np.float32],
     moments: Moments | None,
     precision: str = "float32",
@@ -147,31 +155,34 @@ def compare(
     Args:
         encoding: of the output.
         stored: rows as the bank holds them, by suffix, (n, ...).
-        again: rows as the encoding makes them of the teacher's; None for an encoding
-            that does not store row by row.
+        again: rows as the encoding makes them of the teacher's.
         exact: (n, *shape) the teacher's values; NaN where they are missing.
         moments: to standardise by.
         precision: of the teacher's arithmetic.
     """
     held, said = _told(encoding, stored, exact)
-    identical = np.zeros(len(held), np.bool_)
-    if again is not None:
-        identical = np.ones(len(held), np.bool_)
-        for suffix, values in again.items():
-            identical &= _equal_bits(values, stored[suffix])
+    identical = np.ones(len(held), np.bool_)
+    for suffix, values in again.items():
+        identical &= _equal_bits(values, stored[suffix])
     held64, said64 = held.astype(np.float64), said.astype(np.float64)
     agree = (np.isnan(held64) == np.isnan(said64)).reshape(len(held), -1).all(axis=1)
-    standardised = None
+    bound = encoding.bound(stored, held).astype(np.float64)
+    gap = said64 - held64
+    # The value nearest to the teacher's of which the same would be stored.
+    allowed64 = held64 + np.clip(gap, -bound, bound)
+    allowed, standardised = _cosines(allowed64, said64, agree), None
     if moments is not None:
-        mean, std = moments.mean, moments.std
-        standardised = _cosines((held64 - mean) / std, (said64 - mean) / std, agree)
-    gap = np.nan_to_num(np.abs(held64 - said64)).reshape(len(held), -1)
+        teachers = moments.standardise(said64)
+        standardised = _cosines(moments.standardise(held64), teachers, agree)
+        nearest = _cosines(moments.standardise(allowed64), teachers, agree)
+        allowed = np.minimum(allowed, nearest)
     return Nearness(
         _cosines(held64, said64, agree),
         standardised,
-        gap.max(axis=1),
+        _largest(gap),
+        _largest(said64 - allowed64),
+        allowed,
         identical,
-        encoding.preset in _EXACT,
         LEAST_COSINE[precision],
     )
 
@@ -189,6 +200,13 @@ def _told(
     classes = np.minimum(stored["_index"].astype(np.intp), encoding.num_classes - 1)
     said = np.take_along_axis(exact, classes, axis=-1)
     return to_float32(stored["_value"], encoding.dtype), said
+
+
+def _largest(values: Floats) -> Floats:
+    """Returns (n,) largest magnitude of a row, missing values left out."""
+    rows = np.nan_to_num(np.abs(values)).reshape(len(values), -1)
+    found: Floats = rows.max(axis=1)
+    return found
 
 
 def _equal_bits(a: Array, b: Array) -> Bools:
@@ -237,6 +255,8 @@ class OutputVerdict:
             bank has none of this output.
         standardised_worst: the least of them.
         largest_error: largest absolute difference of a value.
+        largest_excess: the same beyond what the encoding may have rounded off; 0 of
+            rows whose bits are the same.
         worst: the row that is farthest; one that does not hold, if there is any.
     """
 
@@ -250,6 +270,7 @@ class OutputVerdict:
     standardised_mean: float | None = None
     standardised_worst: float | None = None
     largest_error: float = 0.0
+    largest_excess: float = 0.0
     worst: Place | None = None
     _worst: tuple[bool, float, float] = field(default=(True, 1.0, 0.0), repr=False)
 
@@ -292,6 +313,7 @@ class OutputVerdict:
         self.bits_expected += int(bits.sum())
         self.failed += int((~holds).sum())
         self.largest_error = max(self.largest_error, float(near.error.max()))
+        self.largest_excess = max(self.largest_excess, float(near.excess.max()))
         for place, rank in zip(
             places,
             zip(holds.tolist(), lowest.tolist(), (-near.error).tolist(), strict=True),

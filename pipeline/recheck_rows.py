@@ -22,13 +22,7 @@ from manifests.bank import BankRecord, PassEntry
 from manifests.job import EngineConfig, Job
 from manifests.loading import canonical_json
 from manifests.storage import Store
-from pipeline.bank.encoding import (
-    NON_FINITE,
-    Encoded,
-    non_finite_rows,
-    row_numbers,
-    to_float32,
-)
+from pipeline.bank.encoding import Encoded, to_float32
 from pipeline.bank.open import Bank
 from pipeline.bank.record import open_record, view_policy_of
 from pipeline.bank.shard_copies import ShardCopies
@@ -45,14 +39,7 @@ from pipeline.live import (
     set_lane_threads,
 )
 from pipeline.prepared_rows import PreparedRows
-from pipeline.recheck import (
-    ROW_BY_ROW,
-    Nearness,
-    OutputVerdict,
-    Recheck,
-    choose_rows,
-    compare,
-)
+from pipeline.recheck import Nearness, OutputVerdict, Recheck, choose_rows, compare
 from pipeline.recheck_bank import BankSide, Codes, Rows, candidates, path_of
 from pipeline.recheck_teachers import agreed_record, passes_of
 from pipeline.samples.errors import ShardError
@@ -261,8 +248,7 @@ class _RecheckWork:
             verdict = self._verdicts.setdefault(path, OutputVerdict(path))
             chosen = is_valid & is_read
             places = [self.bank.place(row, view) for row in rows[chosen].tolist()]
-            has_bits = output.encoding.preset in ROW_BY_ROW
-            verdict.add(near.take(chosen), places, bits[chosen] & has_bits)
+            verdict.add(near.take(chosen), places, bits[chosen])
 
     def _note(self, live: LivePass, row: int, then: Codes, now: Codes) -> None:
         place = self.bank.place(row, 0)
@@ -292,17 +278,17 @@ class _RecheckWork:
         nears = {}
         for (output, view), values in self._forward(live, looked, packs).items():
             cells = looked.prepared.missing_cells(live, output, view, wanted)
-            encoded, exact = _encode(output, values[wanted], cells)
-            for index, reason in encoded.refused.items():
-                row, code = int(wanted[index]), f"{output.name}:{reason}"
-                refused[row] = refused.get(row, frozenset()) | {code}
             stored, is_read = self.bank.stored(
                 live.entry, output, view, looked.rows[wanted]
             )
+            encoded, exact = _encode(output, values[wanted], stored, cells)
+            for index, reason in encoded.refused.items():
+                row, code = int(wanted[index]), f"{output.name}:{reason}"
+                refused[row] = refused.get(row, frozenset()) | {code}
             near = compare(
                 output.encoding,
                 stored,
-                encoded.arrays or None,
+                encoded.arrays,
                 exact,
                 self.bank.moments(live.entry, output),
                 precision,
@@ -322,10 +308,9 @@ class _RecheckWork:
         They are run in the very batch that they were in.
         """
         doubted = np.zeros(len(rows), np.bool_)
-        for (output, _), (near, _) in nears.items():
-            if output.encoding.preset in ROW_BY_ROW:
-                is_near = near.holds(np.zeros(len(rows), np.bool_))
-                doubted |= bits & is_near & ~near.identical
+        for near, _ in nears.values():
+            is_near = near.holds(np.zeros(len(rows), np.bool_))
+            doubted |= bits & is_near & ~near.identical
         size, batch = self._record.block_rows, live.entry.batch
         starts = rows - rows % size % batch
         for start in np.unique(starts[doubted]).tolist():
@@ -394,18 +379,14 @@ def pack_rows(slots: Indices, wanted: Indices) -> list[Pack]:
 
 
 def _encode(
-    output: StoredOutput, values: np.ndarray, cells: Bools | None
+    output: StoredOutput,
+    values: np.ndarray,
+    stored: Mapping[str, np.ndarray],
+    cells: Bools | None,
 ) -> tuple[Encoded, npt.NDArray[np.float32]]:
-    """Returns rows as the bank would store them, and as float32, missing ones NaN.
-
-    What an encoding makes of a row beside others is not known: it has no arrays then.
-    """
-    encoding, usable = output.encoding, np.ones(len(values), np.bool_)
-    if encoding.preset in ROW_BY_ROW:
-        encoded = encoding.encode(values, usable, missing_cells=cells)
-    else:
-        bad = row_numbers(non_finite_rows(values, encoding.dtype))
-        encoded = Encoded({}, dict.fromkeys(bad, NON_FINITE))
+    """Returns rows as the bank should have them, and as float32, missing ones NaN."""
+    encoding = output.encoding
+    encoded = encoding.encode_again(values, stored, missing_cells=cells)
     if output.kind == "index":
         return encoded, encoding.decode(encoded.arrays)
     exact = np.array(to_float32(values, encoding.dtype))

@@ -22,6 +22,7 @@ from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.open import Bank
 from pipeline.bank.statistics import floored_std
+from pipeline.bank.tiny import Tiny
 from pipeline.bank.topk import TopK
 from student_train.errors import TrainingError
 from student_train.padding import Padding, spread_picture
@@ -209,12 +210,34 @@ def _decode_topk(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
 
 def _decode_compact(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
     """Returns codes * scale * std + mean; missing cells have a scale of NaN."""
-    codes = arrays[""].to(torch.float32)
-    one_per_row = (-1, *[1] * (codes.ndim - 2), codes.shape[-1])
+    scale = arrays["_scale"].to(torch.float32).unsqueeze(-1)
+    return _unstandardised(arrays[""].to(torch.float32).mul_(scale), arrays)
+
+
+def _decode_tiny(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
+    """Returns codes * scale * std + mean of codes of 4 bits, scales of groups."""
+    assert isinstance(encoding, Tiny)
+    pairs, scale = arrays[""], arrays["_scale"].to(torch.float32)
+    nibbles = torch.stack((pairs & 15, pairs >> 4), -1).flatten(-2)
+    # Two's complements of 4 bits: the sign is extended to 8.
+    codes = nibbles.bitwise_xor_(8).sub_(8).view(torch.int8)
+    values = codes[..., : encoding.shape[-1]].to(torch.float32)
+    # In place, without a scale for each value: half the time on a CPU.
+    whole, rest = divmod(encoding.shape[-1], encoding.group)
+    last = whole * encoding.group
+    grouped = values[..., :last].unflatten(-1, (whole, encoding.group))
+    grouped.mul_(scale[..., :whole, None])
+    if rest:
+        values[..., last:].mul_(scale[..., whole:])
+    return _unstandardised(values, arrays)
+
+
+def _unstandardised(values: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    """Returns values * std + mean of their rows; overwrites them."""
+    one_per_row = (-1, *[1] * (values.ndim - 2), values.shape[-1])
     # In place and one operation at a time, each rounded as NumPy rounds it.
-    codes.mul_(arrays["_scale"].to(torch.float32).unsqueeze(-1))
-    codes.mul_(arrays["_std"].view(one_per_row))
-    return codes.add_(arrays["_mean"].view(one_per_row))
+    values.mul_(arrays["_std"].view(one_per_row))
+    return values.add_(arrays["_mean"].view(one_per_row))
 
 
 _DECODERS: dict[str, Callable[[Encoding, Mapping[str, Tensor]], Tensor]] = {
@@ -222,6 +245,7 @@ _DECODERS: dict[str, Callable[[Encoding, Mapping[str, Tensor]], Tensor]] = {
     "lossless": _decode_plain,
     "half": _decode_plain,
     "compact": _decode_compact,
+    "tiny": _decode_tiny,
     "topk": _decode_topk,
 }
 

@@ -324,6 +324,12 @@ def _verify_arguments(verify: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--seed", type=int, default=0, help="with --recheck: another draws other rows"
     )
+    verify.add_argument(
+        "--device",
+        help="with --recheck: auto, cpu, cuda or cuda:N; omitted: the job's, or auto. "
+        "On the kind of device that made the bank bits must be the same, on another "
+        "rows must be near",
+    )
     verify.add_argument("--json", action="store_true", help=_COMMON_HELP)
 
 

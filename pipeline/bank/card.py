@@ -248,7 +248,7 @@ def _arrays(record: BankRecord) -> Iterator[str]:
         "value. `index/` has a line per row with shard, key and the reason where a row "
         "is not valid; `bank.json` says which weights and which preprocessing made it. "
         "An array's attribute `decode` says how its values are read where they are not "
-        "plain numbers."
+        "plain numbers; docs/format.md of TeachOnce decodes each in lines of NumPy."
     )
     yield ""
 
@@ -261,7 +261,7 @@ def _opening(url: str, record: BankRecord) -> Iterator[str]:
     path, _, output = next(
         (one for one in outputs if one[2].kind == "grid"), outputs[0]
     )
-    suffix = output.arrays[-1]["path"].removeprefix(path)
+    suffix = output.arrays[0]["path"].removeprefix(path)
     level, _, name = path.rpartition("/")
     root = f"{url}/features.zarr"
     place = url if "://" in url else f"file://{url}"

@@ -2,7 +2,7 @@
 
 Owns the interface, the registry of presets, and what presets share: finding values that
 are not finite, filling missing rows. The presets are in ``encodings``,
-``topk`` and ``compact``.
+``topk``, ``compact`` and ``tiny``.
 
 Values come and go as NumPy: bfloat16 as its bit patterns in uint16. Every stored array
 has a fill value that means *missing* and that no valid row holds, so a row with a value
@@ -169,6 +169,39 @@ class Encoding(ABC):
         Args:
             values, usable, missing_cells, reuse: as ``encode`` takes them, checked.
         """
+
+    def encode_again(
+        self,
+        values: Array,
+        stored: Mapping[str, Array],
+        *,
+        missing_cells: npt.NDArray[np.bool_] | None = None,
+    ) -> Encoded:
+        """Returns what must be stored of rows, wherever in a bank they lie.
+
+        Args:
+            values, missing_cells: as ``encode`` takes them; every row is usable.
+            stored: what the bank has of these rows, by suffix: what an encoding takes
+                from the rows beside them is taken from there.
+        """
+        del stored
+        usable = np.ones(len(values), np.bool_)
+        return self.encode(values, usable, missing_cells=missing_cells)
+
+    def bound(
+        self, arrays: Mapping[str, Array], decoded: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """Returns how far decoded values may be from those that were encoded.
+
+        Args:
+            arrays: from each suffix to the stored rows.
+            decoded: (rows, *shape), what ``decode`` makes of them.
+
+        Returns:
+            Something that broadcasts with ``decoded``.
+        """
+        del arrays, decoded
+        return np.zeros((), np.float32)
 
     @abstractmethod
     def decode(self, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]:

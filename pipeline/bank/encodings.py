@@ -16,6 +16,7 @@ from manifests.errors import BankError
 from manifests.teacher import OutputConfig
 from pipeline.bank import compact as compact  # registers its preset
 from pipeline.bank import point_index as point_index
+from pipeline.bank import tiny as tiny
 from pipeline.bank import topk as topk
 from pipeline.bank.arrays import ArraySpec, Codec, Fill
 from pipeline.bank.encoding import (
@@ -177,6 +178,14 @@ class Half(Encoding):
         return Encoded(
             {"": with_missing(stored, bad | ~usable, "float16", reuse)}, refused
         )
+
+    def bound(
+        self, arrays: Mapping[str, Array], decoded: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float32]:
+        """Returns half a unit in the last place of each."""
+        del arrays
+        relative: npt.NDArray[np.float32] = abs(decoded) * np.float32(2**-11)
+        return np.maximum(relative, np.float32(2**-25))
 
     def decode(self, arrays: Mapping[str, Array]) -> npt.NDArray[np.float32]:
         """Returns the rounded values as float32; missing rows are NaN."""

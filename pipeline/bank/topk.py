@@ -98,16 +98,24 @@ class TopK(Encoding):
             "decode": "logits[index] = value; all others T * (rest[T] - "
             "log(num_classes - k)), T of temperatures; fill is missing",
         }
-        stored = STORED_DTYPE[self.dtype]
+        ids, stored = self._index_dtype, STORED_DTYPE[self.dtype]
         fill = BFLOAT16_MISSING if self.dtype == "bfloat16" else "NaN"
         return tuple(
             self._spec(
-                path, suffix, block_rows, dtype, axes, "lz4", missing, attributes
+                path,
+                suffix,
+                block_rows,
+                dtype,
+                axes,
+                "lz4",
+                missing,
+                # Ids in uint16 are numbers, beside values in uint16 that are bfloat16.
+                {**attributes, "logical_dtype": logical},
             )
-            for suffix, dtype, axes, missing in (
-                ("_index", self._index_dtype, top, self._index_missing),
-                ("_value", stored, top, fill),
-                ("_rest", "float32", rest, "NaN"),
+            for suffix, dtype, logical, axes, missing in (
+                ("_index", ids, ids, top, self._index_missing),
+                ("_value", stored, self.dtype, top, fill),
+                ("_rest", "float32", "float32", rest, "NaN"),
             )
         )
 

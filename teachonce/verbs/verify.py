@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from manifests.errors import ManifestError
+from manifests.job import EngineConfig
 from manifests.loading import load_job, resolve_patterns
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import VerifyReport, verify
@@ -38,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.recheck is None:
-        for name in ("job", "teachers", "shards", "seed"):
+        for name in ("job", "teachers", "shards", "seed", "device"):
             if getattr(args, name):
                 raise ManifestError(f"--{name} has no effect without --recheck N")
     elif args.recheck < 1:
@@ -50,13 +51,18 @@ def _check(args: argparse.Namespace) -> None:
 def _recheck(args: argparse.Namespace) -> Recheck:
     from pipeline.recheck_rows import recheck
 
+    job = None if args.job is None else load_job(args.job)
+    engine = EngineConfig() if job is None else job.engine
+    if args.device is not None:
+        engine = engine.model_copy(update={"device": args.device})
     return recheck(
         args.bank,
         args.recheck,
         seed=args.seed,
         teachers=args.teachers,
         shards=None if args.shards is None else resolve_patterns(args.shards, "."),
-        job=None if args.job is None else load_job(args.job),
+        job=job,
+        engine=engine,
     )
 
 
@@ -68,15 +74,19 @@ def recheck_facts(found: Recheck) -> dict[str, Any]:
 
 def print_recheck(found: Recheck) -> None:
     """Prints what a recheck found, for people."""
+    from pipeline.recheck import TOLERANCE
+
     print(
         f"rechecked {found.rows:,} rows, {found.invalid_rows:,} invalid ones tried, "
         f"seed {found.seed}, on {found.device}"
     )
     head: tuple[str, ...] = ("output", "rows x views", "identical", "cosine", "worst")
-    head += ("standardised", "worst", "largest error", "")
+    head += ("standardised", "worst", "largest error", "beyond rounding", "")
     print(text.table(head, (_line(one) for one in found.outputs)))
     for name, why in found.notes.items():
         print(f"pass {name}: bits need not be the same ({why})")
+    if found.notes:
+        print(f"there {TOLERANCE}")
     for one in found.outputs:
         if not one.holds and one.worst is not None:
             print(
@@ -100,6 +110,7 @@ def _line(one: OutputVerdict) -> tuple[str, ...]:
         f"{one.cosine_worst:.7f}",
         *("" if value is None else f"{value:.7f}" for value in means),
         f"{one.largest_error:.2g}",
+        f"{one.largest_excess:.2g}",
         "holds" if one.holds else "DIFFERS",
     )
 

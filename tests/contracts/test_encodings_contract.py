@@ -14,6 +14,7 @@ from pipeline.bank.objects import decode_object, encode_object
 
 SHAPES = {"vector": (13,), "grid": (2, 3, 13)}
 DTYPES = ["float32", "bfloat16", "float16"]
+LARGEST_CODES = {"compact": 127, "tiny": 7}
 
 
 def as_stored(values, dtype):
@@ -32,7 +33,7 @@ CASES = [
     (preset, kind)
     for preset in sorted(set(ENCODINGS) - {"index"})
     for kind in sorted(SHAPES)
-    if (preset, kind) != ("compact", "vector")
+    if (preset, kind) not in {("compact", "vector"), ("tiny", "vector")}
 ]
 
 
@@ -75,15 +76,16 @@ ALL = np.ones(8, np.bool_)
 def error_bound(preset, exact, is_kept):
     """What a decoded value may be off by: (8, *shape), of rows or cells that are kept.
 
-    Of compact, half a step: the cell's largest standardised magnitude over 127, which
-    float16 rounds by at most one part in 1024, times the channel's deviation.
+    Of compact and tiny, half a step: the cell's largest standardised magnitude (its 13
+    channels share a scale) over the largest code, which float16 rounds by at most one
+    part in 1024, times the channel's deviation.
     """
-    if preset != "compact":
+    if preset not in LARGEST_CODES:
         return abs(exact) * 2.0**-11
     kept = exact[is_kept].astype(np.float64)
     std = np.maximum(kept.std(axis=0), 0.01 * np.median(kept.std(axis=0)))
-    step = abs((exact - kept.mean(axis=0)) / std).max(axis=-1, keepdims=True) / 127
-    return (0.5 * step * (1 + 2.0**-9) + 1e-5) * std
+    peak = abs((exact - kept.mean(axis=0)) / std).max(axis=-1, keepdims=True)
+    return (0.5 * peak / LARGEST_CODES[preset] * (1 + 2.0**-9) + 1e-5) * std
 
 
 def test_it_survives_json(encoding):
@@ -102,7 +104,9 @@ def test_its_arrays_are_named_and_describe_themselves(encoding, preset, kind, dt
         assert spec.has_view
         assert all(name.startswith("out_") for name in spec.dimension_names)
         assert spec.attributes["encoding"] == preset
-        assert spec.attributes["logical_dtype"] == dtype
+        # uint16 that say bfloat16 are bits of it, and no others: ids are numbers.
+        own = spec.path.endswith(("_index", "_rest"))
+        assert spec.attributes["logical_dtype"] == (spec.dtype if own else dtype)
         assert json.loads(json.dumps(spec.to_json())) == spec.to_json()
     lengths = {}
     for spec in specs:
@@ -189,7 +193,8 @@ def test_the_largest_finite_numbers_are_not_refused(encoding, values, preset, dt
     for sign, row in ((0, 0), (1 << (8 * size - 1), 1)):
         values.view(f"u{size}").reshape(8, -1)[row, 0] = bits | sign
     refused = encoding.encode(values, ALL).refused
-    limited = {"half": "overflow_float16", "compact": "overflow_compact"}
+    limited = {"half": "overflow_float16"}
+    limited |= {name: f"overflow_{name}" for name in LARGEST_CODES}
     if preset in limited and dtype != "float16":
         assert refused == dict.fromkeys((0, 1), limited[preset])
     else:

@@ -1,8 +1,7 @@
-"""A bank in `compact`, from shards to a student, beside the same bank in `lossless`."""
+"""A bank in `compact` and `tiny`, from shards to a student, beside `lossless`."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from pipeline.bank.statistics import floored_std
 from pipeline.bank.verify import verify
 from pipeline.precompute import precompute
 from student_train import BankDataset, Reading
-from tests.conftest import ROOT, bank_identity, jpeg, run_cli, write_job, write_tar
+from tests.conftest import bank_identity, jpeg, run_cli, write_job, write_tar
 from tests.training import CLASS, LOGITS, NOISY, PATCH, plain_bank, trainer_for
 
 SUFFIXES = ("", "_scale", "_mean", "_std")
@@ -36,6 +35,7 @@ TEACHER = {
         "exact": {"from": "body"},
         "patch": {"from": "body", "encoding": "compact"},
         "layer1": {"from": "stem", "encoding": "compact", "pool": [2, 2]},
+        "tiny": {"from": "body", "encoding": "tiny"},
     },
 }
 
@@ -86,15 +86,7 @@ def test_what_is_decoded_is_close_and_misses_the_same_cells(bank: Bank) -> None:
             np.testing.assert_allclose(std_here, floored_std(kept.var(axis=0)), 1e-4)
 
 
-def test_the_lines_of_the_architecture_decode_it(folder: Path, bank: Bank) -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text()
-    (lines,) = re.findall(r"```python\n(.*?_scale.*?)```", text, re.DOTALL)
-    lines = lines.replace(
-        "bank/features.zarr/vit/cam/160x320", f"{folder}/features.zarr/{PATH}"
-    )
-    names: dict[str, np.ndarray] = {}
-    exec(lines, names)
-    np.testing.assert_array_equal(names["patch"], bank.read(f"{PATH}/patch", 0))
+def test_its_arrays_say_how_they_are_decoded(folder: Path) -> None:
     level = zarr.open_group(f"{folder}/features.zarr/{PATH}", mode="r")
     for suffix in SUFFIXES:
         attributes = level[f"patch{suffix}"].attrs
@@ -102,14 +94,15 @@ def test_the_lines_of_the_architecture_decode_it(folder: Path, bank: Bank) -> No
         assert "code * scale (per cell) * std + mean" in attributes["decode"]
 
 
-@pytest.mark.parametrize("name", ["patch", "layer1"])
+@pytest.mark.parametrize("name", ["patch", "layer1", "tiny"])
 def test_other_readers_see_the_same(folder: Path, bank: Bank, name: str) -> None:
     opened = xr.open_zarr(
         f"{folder}/features.zarr", group=PATH, consolidated=False, mask_and_scale=False
     )
+    is_tiny = name == "tiny"
     dims = {
-        "": ("y", "x", "channel"),
-        "_scale": ("y", "x"),
+        "": ("y", "x", "byte" if is_tiny else "channel"),
+        "_scale": ("y", "x", "group") if is_tiny else ("y", "x"),
         "_mean": ("channel",),
         "_std": ("channel",),
     }
@@ -123,6 +116,8 @@ def test_other_readers_see_the_same(folder: Path, bank: Bank, name: str) -> None
         np.testing.assert_array_equal(array.values, expected)
         own = tuple(f"{name}_{axis}" for axis in dims[suffix])
         assert array.dims == ("sample", "view", *own)
+    if is_tiny:
+        return
     values = opened[name] * opened[f"{name}_scale"].astype(np.float32)
     values = values * opened[f"{name}_std"] + opened[f"{name}_mean"]
     np.testing.assert_array_equal(
@@ -162,12 +157,17 @@ def test_it_verifies_is_made_alike_twice_and_damage_is_found(
         assert bank_identity(once) == bank_identity(again)
 
 
-def test_a_batch_holds_codes_and_decodes_them_as_the_bank_does(bank: Bank) -> None:
-    reading = Reading(targets={"patch": "net/patch"}, normalise=frozenset())
+@pytest.mark.parametrize(
+    ("name", "codes"), [("patch", torch.int8), ("tiny", torch.uint8)]
+)
+def test_a_batch_holds_codes_and_decodes_them_as_the_bank_does(
+    bank: Bank, name: str, codes: torch.dtype
+) -> None:
+    reading = Reading(targets={"patch": f"net/{name}"}, normalise=frozenset())
     (batch,) = BankDataset(bank, reading, batch=5, view=0)
     target = batch.targets["patch"]
     assert {suffix: one.dtype for suffix, one in target.arrays.items()} == {
-        "": torch.int8,
+        "": codes,
         "_scale": torch.float16,
         "_mean": torch.float32,
         "_std": torch.float32,
@@ -176,15 +176,18 @@ def test_a_batch_holds_codes_and_decodes_them_as_the_bank_does(bank: Bank) -> No
     decoded = target.source.encoding.decode(
         {suffix: one.numpy() for suffix, one in target.arrays.items()}
     )
-    expected = bank.read(f"{PATH}/patch", 0)[batch.rows]
+    expected = bank.read(f"{PATH}/{name}", 0)[batch.rows]
     np.testing.assert_array_equal(decoded, expected)
     # On a grid of the picture's own, padding is gone.
     assert target.values().isfinite().all()
 
 
-def test_a_vector_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", ["compact", "tiny"])
+def test_a_vector_is_refused_before_anything_is_done(
+    tmp_path: Path, preset: str
+) -> None:
     write_tar(tmp_path / "data" / "train-00000.tar", [("a.jpg", jpeg(0))])
-    outputs = {"logits": {"encoding": "compact"}}
+    outputs = {"logits": {"encoding": preset}}
     job = write_job(
         tmp_path, labels={}, teachers={"net": {**TEACHER, "outputs": outputs}}
     )

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from manifests.bank import BANK_SCHEMA
+from manifests.errors import BankError, ManifestError
 from manifests.loading import load_job
 from pipeline.bank.open import open_bank
 from pipeline.plan import make_plan
@@ -78,6 +79,23 @@ def test_a_student_learns_from_it(old: Path) -> None:
     (batch, *_) = dataset.batches(0)
     target = batch.targets["patch"]
     assert target.values()[target.valid].isfinite().all()
+
+
+def test_what_a_later_release_may_add(old: Path) -> None:
+    """Another encoding: that output alone is refused; another field: all of it."""
+    path = old / "bank" / "bank.json"
+    record = json.loads(path.read_text())
+    for entry in record["passes"]:
+        if entry["id"] == "net.image":
+            entry["outputs"][0]["encoding"]["encoding"] = "cubist"
+    path.write_text(json.dumps(record))
+    bank = open_bank(str(old / "bank"))
+    with pytest.raises(BankError, match="got 'cubist'; the bank may come from a newer"):
+        bank.read("net/image/16x32/logits", 0)
+    assert np.isfinite(bank.read("net/image/16x32/patch", 0)).any()
+    path.write_text(json.dumps({**record, "colour": "green"}))
+    with pytest.raises(ManifestError, match="colour: no such field"):
+        open_bank(str(old / "bank"))
 
 
 def test_a_newer_bank_is_refused(old: Path) -> None:

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from manifests.loading import load_job
-from pipeline.bank.objects import object_crc32c
+from pipeline.bank.arrays import ArraySpec
+from pipeline.bank.objects import decode_object, encode_object, object_crc32c
 from pipeline.live import device_kind
 from pipeline.precompute import precompute
 from pipeline.recheck_rows import recheck
@@ -78,6 +79,8 @@ TEACHERS = {
             "logits": {"topk": 3},
             "patch": {"from": "body"},
             "half": {"from": "body", "encoding": "half"},
+            "compact": {"from": "body", "encoding": "compact"},
+            "tiny": {"from": "stem", "encoding": "tiny"},
             "level1": {"from": "stem", "pool": [2, 2], "encoding": "raw"},
         },
     },
@@ -92,7 +95,11 @@ TEACHERS = {
         **NET,
         "sizes": [[32, 32]],
         "preprocess": {"fit": "pad"},
-        "outputs": {"patch": {"from": "body"}, "top": {"from": "body", "topk": 2}},
+        "outputs": {
+            "patch": {"from": "body"},
+            "top": {"from": "body", "topk": 2},
+            "tiny": {"from": "body", "encoding": "tiny"},
+        },
     },
     "video": {
         "model": f"{MODULE}:Clip",
@@ -234,12 +241,13 @@ def test_a_sound_bank_is_its_teachers_bit_for_bit(made, capsys):
         *(
             f"net/image/{size}/{name}"
             for size in ("16x16", "24x32")
-            for name in ("logits", "patch", "half", "level1")
+            for name in ("logits", "patch", "half", "compact", "tiny", "level1")
         ),
         "brain/image/16x16/logits",
         "brain/image/16x16/top",
         "padded/image/32x32/patch",
         "padded/image/32x32/top",
+        "padded/image/32x32/tiny",
         "video/clip/16x16/patch",
         "points/lidar/native/pooled",
         "each/lidar/native/points",
@@ -251,11 +259,13 @@ def test_a_sound_bank_is_its_teachers_bit_for_bit(made, capsys):
         assert one["identical"] == one["bits_expected"] == one["compared"], one
         # Two views; both invalid rows are tried, and compared where they are valid.
         assert one["compared"] in (18, 20, 22), one
-        assert one["cosine_worst"] > 0.999999, one
-        is_exact = not one["output"].endswith("half")
+        name = one["output"].rpartition("/")[2]
+        assert one["cosine_worst"] > (0.98 if name == "tiny" else 0.9999), one
+        is_exact = name not in ("half", "compact", "tiny")
         assert (one["largest_error"] == 0) == is_exact, one
-        has_none = one["output"].rpartition("/")[2] in ("points_index", "top") or (
-            one["output"].startswith("net") and one["output"].endswith("logits")
+        assert one["largest_excess"] == 0, one
+        has_none = name in ("points_index", "top") or (
+            one["output"].startswith("net") and name == "logits"
         )
         assert (one["standardised_mean"] is None) == has_none, one
 
@@ -309,9 +319,61 @@ def test_another_device_or_version_may_round_otherwise(made, tmp_path, capsys):
         "named.image": f"torch 1.0 then, {version('torch')} now",
     }
     assert {one["bits_expected"] for one in facts["recheck"]["outputs"]} == {0}
+    given = ["verify", str(folder / "bank"), "--recheck", "2", "--device", "cpu"]
+    assert main([*given, "--teachers", "named"]) == 0
+    told = capsys.readouterr().out
+    assert "there a row's cosine, plain and standardised, must be at least 0.9999 " in (
+        told
+    )
+
+
+def test_the_device_is_the_one_that_is_named(made, tmp_path, capsys):
+    """Omitted, the job's; a job that asks for what is not there does not stop it."""
+    told = refused(capsys, made, "--teachers", "named", "--device", "quantum")
+    assert "engine.device 'quantum' cannot be used: " in told
+    folder = copy_of(made, tmp_path)
+    job(folder, teachers=TEACHERS, engine={"device": "quantum"})
+    options = ["--teachers", "named", "--job", folder / "job.yaml"]
+    assert "engine.device 'quantum' cannot" in refused(capsys, folder, *options)
+    code, facts = run(capsys, folder, "--teachers", "named", "--device", "cpu")
+    assert code == 0
+    assert facts["recheck"]["device"] == device_kind("cpu")
 
 
 # Banks that no checksum gives away.
+
+
+@pytest.mark.parametrize("preset", ["compact", "tiny"])
+@pytest.mark.parametrize("device", ["same", "other"])
+def test_codes_of_another_row(tmp_path, capsys, preset, device):
+    """Rows that change places inside a chunk: mean and deviation are the right ones."""
+    outputs = {"patch": {"from": "body", "encoding": preset}}
+    teachers = {"net": {**NET, "sizes": [[16, 16]], "outputs": outputs}}
+    folder = small(tmp_path, teachers=teachers, block_rows=8)
+    bank = folder / "bank"
+    (spec,) = (
+        ArraySpec.from_json(data)
+        for data in json.loads((bank / "bank.json").read_text())["passes"][1][
+            "outputs"
+        ][0]["arrays"]
+        if data["path"].endswith("patch")
+    )
+    for path in (bank / "features.zarr" / spec.path).glob("c.0.0*"):
+        rows = decode_object(path.read_bytes(), spec).copy()
+        rows[[1, 2]] = rows[[2, 1]]
+        path.write_bytes(b"".join(map(bytes, encode_object(rows, spec, 8))))
+    commit_again(bank, "net.image")
+    if device == "other":
+        for path in (bank / "commits/net.image").glob("*.json"):
+            edit(path, lambda data: data.update(device="Colossus"))
+    assert main(["verify", str(bank), "--full"]) == 0
+    capsys.readouterr()
+    code, facts = run(capsys, folder, rows=19)
+    (one,) = facts["recheck"]["outputs"]
+    assert code == 1
+    assert (one["failed"], one["identical"]) == (2, 17)
+    assert one["largest_excess"] > 0
+    assert one["worst"]["row"] in (1, 2)
 
 
 @pytest.mark.parametrize("device", ["same", "other"])

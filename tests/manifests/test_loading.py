@@ -231,7 +231,7 @@ IMAGE = {"kind": "image", "member": "jpg"}
         (
             teacher(outputs={"patch": {"encoding": "losless"}}),
             "teachers.net.outputs.patch.encoding: must be 'raw', 'lossless', 'half', "
-            "'compact' or 'topk'; did you mean lossless? (got 'losless')",
+            "'compact', 'tiny' or 'topk'; did you mean lossless? (got 'losless')",
         ),
         (
             teacher(preprocess={"chanels": "bgr"}),

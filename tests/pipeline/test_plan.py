@@ -162,6 +162,15 @@ def test_what_compact_costs(make_shards, make_job):
     assert numbers.block_bytes >= 8 * (16 * 16 * 3 + 4 * 4 * 16 * 4 + row)
 
 
+def test_what_tiny_costs(make_shards, make_job):
+    make_shards([11, 5])
+    outputs = {"patch": {"from": "body", "encoding": "tiny"}}
+    net = {**NET, "outputs": outputs, "args": {"width": 35}}
+    numbers = estimate(plan_of(make_job(teachers={"net": net})))
+    # Half a byte a value of 70, three scales a cell, a mean and a deviation for each.
+    assert numbers.bytes_to_do == 16 * (4 * 4 * (35 + 3 * 2) + 2 * 4 * 70)
+
+
 def test_compact_vectors_are_refused(make_shards, make_job):
     make_shards([8])
     outputs = {"logits": {"encoding": "compact"}}

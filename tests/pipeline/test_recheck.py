@@ -158,11 +158,81 @@ def test_rows_of_zeros():
     assert near_of(encoding, values_of(), zeros).cosine.tolist() == [0.0] * ROWS
 
 
-def test_an_encoding_that_looks_at_several_rows_has_no_bits_to_compare():
-    encoding, exact = encoding_of(), values_of()
-    near = compare(encoding, stored_of(encoding, exact), None, exact, None)
+@pytest.mark.parametrize("preset", ["compact", "tiny"])
+def test_a_row_of_a_chunk_is_encoded_again_bit_for_bit(preset):
+    """Any rows of a chunk, in any order, by the mean and deviation stored of each."""
+    encoding, exact = encoding_of(encoding=preset), values_of()
+    held = stored_of(encoding, exact)
+    for rows in ([4], [5, 0, 3]):
+        stored = {suffix: array[rows] for suffix, array in held.items()}
+        again = encoding.encode_again(exact[rows], stored)
+        assert again.refused == {}
+        near = compare(encoding, stored, again.arrays, exact[rows], None)
+        assert near.identical.all()
+        assert (near.error > 0).all()
+        assert (near.excess == 0).all()
+        assert near.holds(np.ones(len(rows), np.bool_)).all()
+
+
+@pytest.mark.parametrize("preset", ["compact", "tiny"])
+@pytest.mark.parametrize("suffix", ["", "_scale", "_std", "_mean"])
+def test_one_number_of_a_coded_row_that_is_wrong(preset, suffix):
+    """Found where bits must be the same; one code alone leaves no cosine too low."""
+    encoding, exact = encoding_of(encoding=preset), values_of()
+    stored = stored_of(encoding, exact)
+    wrong = stored[suffix].reshape(ROWS, -1)
+    wrong[2, 4] = wrong[2, 4] ^ 16 if suffix == "" else 1.5 * wrong[2, 4] + 0.5
+    again = encoding.encode_again(exact, stored)
+    near = compare(encoding, stored, again.arrays, exact, None)
+    # A wrong mean or deviation is in its row's codes alone.
+    assert near.identical.tolist() == [row != 2 for row in range(ROWS)]
+    assert (near.excess > 0).tolist() == [row == 2 for row in range(ROWS)]
+
+
+@pytest.mark.parametrize("preset", ["half", "compact", "tiny"])
+def test_another_device_is_judged_without_the_encodings_rounding(preset):
+    """Of tiny the plain cosine is far too low; the teacher's own error is not."""
+    encoding, exact = encoding_of(encoding=preset), values_of()
+    moments = Moments(exact.mean((0, 1, 2)), exact.std((0, 1, 2)))
+    stored = stored_of(encoding, exact)
+    none = np.zeros(ROWS, np.bool_)
+
+    def said_to_be(values):
+        again = encoding.encode_again(values, stored).arrays
+        return compare(encoding, stored, again, values, moments)
+
+    rng = np.random.default_rng(3)
+    near = said_to_be((exact * (1 + 1e-3 * rng.normal(size=exact.shape))).astype("f4"))
     assert not near.identical.any()
-    assert near.holds(np.zeros(ROWS, np.bool_)).all()
+    assert near.holds(none).all()
+    if preset == "tiny":
+        assert (near.cosine < 0.9999).all()
+    decoded = encoding.decode(stored).astype(np.float64)
+    far = (exact + 0.1 * rng.normal(size=exact.shape)).astype("f4")
+    found = said_to_be(far)
+    # What is left of each difference, a value at a time, in plain Python.
+    most = np.zeros(ROWS)
+    steps = encoding.bound(stored, decoded.astype("f4"))
+    steps = np.broadcast_to(steps, decoded.shape).astype(np.float64)
+    for place in np.ndindex(decoded.shape):
+        left = abs(float(far[place]) - decoded[place]) - steps[place]
+        most[place[0]] = max(most[place[0]], left, 0)
+    np.testing.assert_allclose(found.excess, most, atol=1e-12)
+    if preset != "tiny":
+        assert not found.holds(none).any()
+    assert not said_to_be(exact[::-1].copy()).holds(none).any()
+
+
+def test_rows_that_the_bank_does_not_have_come_out_missing():
+    encoding, exact = encoding_of(encoding="tiny"), values_of()
+    stored = encoding.encode(exact, np.arange(ROWS) != 3).arrays
+    exact[0, 0, 0, 0], exact[1, 0, 0, 0] = np.inf, 2.0**50
+    again = encoding.encode_again(exact, stored)
+    assert again.refused == {0: "non_finite", 1: "overflow_tiny"}
+    for suffix, spec in zip(encoding.suffixes, encoding.arrays("", 1), strict=True):
+        for row in (0, 1, 3):
+            np.testing.assert_array_equal(again.arrays[suffix][row], spec.fill_value)
+        np.testing.assert_array_equal(again.arrays[suffix][4:], stored[suffix][4:])
 
 
 def test_arithmetic_of_16_bits_may_differ_more():

@@ -104,14 +104,21 @@ def test_topk_keeps_the_largest_and_the_mass(
 
 @pytest.mark.parametrize(
     ("kind", "shape"),
-    [("grid", (6, 5, 33)), ("frames", (2, 3, 4, 33)), ("points", (50, 33))],
+    [
+        ("grid", (6, 5, 33)),
+        ("grid", (3, 3, 64)),
+        ("grid", (3, 3, 7)),
+        ("frames", (2, 3, 4, 70)),
+        ("points", (50, 33)),
+    ],
 )
+@pytest.mark.parametrize("preset", ["compact", "tiny"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compact_is_decoded_as_numpy_does(kind, shape, dtype):
+def test_codes_are_decoded_as_numpy_does(kind, shape, preset, dtype):
     rng = np.random.default_rng(0)
     values = rng.normal(0, 1, (7, *shape)) * rng.lognormal(0, 2, shape[-1])
     usable = np.arange(7) != 4
-    config = OutputConfig(encoding="compact")
+    config = OutputConfig(encoding=preset)
     encoding, tensors = stored(config, kind, shape, dtype, values, usable)
     kept = {suffix: tensor.clone() for suffix, tensor in tensors.items()}
     found = decode(encoding, tensors)
@@ -159,9 +166,9 @@ def read(bank, path, suffix, view):
 
 def test_an_encoding_that_is_not_known_here(joined, monkeypatch):
     source = TargetSource.open(joined.open(), "net/image/16x16/patch", False)
-    monkeypatch.setattr(type(source.encoding), "preset", "tiny")
-    known = r"\['compact', 'half', 'lossless', 'raw', 'topk'\]"
-    message = rf"of {known}, got 'tiny' \(output patch\)"
+    monkeypatch.setattr(type(source.encoding), "preset", "newer")
+    known = r"\['compact', 'half', 'lossless', 'raw', 'tiny', 'topk'\]"
+    message = rf"of {known}, got 'newer' \(output patch\)"
     with pytest.raises(TrainingError, match=message):
         decode(source.encoding, {})
 

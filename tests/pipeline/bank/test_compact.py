@@ -1,4 +1,4 @@
-"""The encoding `compact` against its definition, written out, and its bounds."""
+"""The encoding `compact` against its definition, and what it shares with `tiny`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from manifests.errors import BankError
 from manifests.teacher import OutputConfig
 from pipeline.bank.encodings import make_encoding
 
-CONFIG = OutputConfig(encoding="compact")
 # Its codes fill 1.4 MB a row, so that two rows make a chunk.
 WIDE = (16, 16, 5500)
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
-def make(shape, dtype="float32", kind="grid", name="patch"):
-    return make_encoding(CONFIG, name=name, kind=kind, shape=shape, dtype=dtype)
+BOTH = pytest.mark.parametrize("preset", ["compact", "tiny"])
+
+
+def make(shape, dtype="float32", kind="grid", name="patch", preset="compact"):
+    config = OutputConfig(encoding=preset)
+    return make_encoding(config, name=name, kind=kind, shape=shape, dtype=dtype)
 
 
 def as_given(values, dtype):
@@ -92,9 +95,12 @@ def test_each_chunk_is_what_the_definition_says(dtype):
         assert np.isnan(stored[suffix][2]).all()
 
 
-def test_a_chunk_hangs_on_nothing_outside_it():
-    values = np.random.default_rng(0).normal(0, 1, (4, *WIDE)).astype(np.float32)
-    encoding = make(WIDE)
+@BOTH
+def test_a_chunk_hangs_on_nothing_outside_it(preset):
+    # Of the same bytes: two rows to a chunk either way.
+    shape = WIDE if preset == "compact" else (32, *WIDE[1:])
+    values = np.random.default_rng(0).normal(0, 1, (4, *shape)).astype(np.float32)
+    encoding = make(shape, preset=preset)
     before = encoding.encode(values, np.ones(4, np.bool_)).arrays
     values[2:] *= 100
     after = encoding.encode(values, np.ones(4, np.bool_)).arrays
@@ -104,33 +110,42 @@ def test_a_chunk_hangs_on_nothing_outside_it():
 
 
 @given(
+    st.sampled_from(["compact", "tiny"]),
     st.integers(1, 5),
     st.sampled_from([("grid", (2, 3)), ("frames", (2, 2, 3)), ("points", (5,))]),
-    st.integers(1, 9),
+    st.sampled_from([1, 2, 5, 9, 31, 32, 33, 64, 71]),
     st.sampled_from(sorted(DTYPES)),
     st.floats(-6, 6),
     st.integers(0, 2**32),
 )
-def test_an_error_is_at_most_half_a_step(rows, cells, channels, dtype, size, seed):
+def test_an_error_is_at_most_half_a_step(
+    preset, rows, cells, channels, dtype, size, seed
+):
     kind, lead = cells
     rng = np.random.default_rng(seed)
     values = rng.normal(0, 1, (rows, *lead, channels))
     values *= 10.0 ** (rng.normal(0, 1, channels) + min(size, 2))
     values += rng.normal(0, 1, channels) * (rng.random(channels) < 0.5)
     values[..., rng.random(channels) < 0.3] = 1.25
-    given_values = as_given(values, dtype)
+    given_values = as_given(values.clip(-60_000, 60_000), dtype)
     exact = given_values.view(DTYPES[dtype]).astype(np.float32)
-    encoding = make((*lead, channels), dtype, kind)
+    encoding = make((*lead, channels), dtype, kind, preset=preset)
     usable = rng.random(rows) < 0.8
     encoded = encoding.encode(given_values, usable)
     assert encoded.refused == {}
     found = encoding.decode(encoded.arrays)
     assert np.isnan(found[~usable]).all()
-    step = encoded.arrays["_scale"][..., None].astype(np.float64)
+    step = encoded.arrays["_scale"].astype(np.float64)
+    step = np.repeat(step.reshape(rows, *lead, -1), 32 if preset == "tiny" else 99, -1)
+    step = step[..., :channels]
     std = encoded.arrays["_std"].reshape(rows, *[1] * len(lead), channels)
     rounding = 1e-6 * abs(exact).max(initial=0)
     off = abs(found - exact)[usable]
     assert (off <= (0.5001 * step * std)[usable] + rounding).all()
+    # What a recheck allows is that, and hardly more.
+    told = np.broadcast_to(encoding.bound(encoded.arrays, found), found.shape)[usable]
+    assert (off <= told).all()
+    assert (told <= (0.5001 * step * std)[usable] + 4 * rounding).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -170,9 +185,10 @@ def test_real_tokens_are_close(shared_data):
 
 
 @pytest.mark.parametrize("value", [0.0, -3.7, 0.1, 1e-30, 1e14])
-def test_a_constant_grid_is_exact(value):
+@BOTH
+def test_a_constant_grid_is_exact(value, preset):
     values = np.full((3, 2, 2, 4), value, np.float32)
-    encoding = make((2, 2, 4))
+    encoding = make((2, 2, 4), preset=preset)
     stored = encoding.encode(values, np.ones(3, np.bool_)).arrays
     np.testing.assert_array_equal(encoding.decode(stored), values)
 
@@ -190,16 +206,17 @@ def test_sparse_maps_keep_their_few_values():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_that_are_too_large_are_refused_and_leave_the_others(dtype):
+@BOTH
+def test_rows_that_are_too_large_are_refused_and_leave_the_others(dtype, preset):
     values = tokens(4, (3, 3, 8))
-    encoding = make((3, 3, 8), dtype)
+    encoding = make((3, 3, 8), dtype, preset=preset)
     below = np.nextafter(np.float32(2.0**48), np.float32(0))
     values[0, 0, 0, 0], values[1, 2, 2, 7] = 2.0**48, -(2.0**48)
     values[2, 1, 1, 1] = np.inf
     encoded = encoding.encode(as_given(values, dtype), np.ones(4, np.bool_))
     assert encoded.refused == {
-        0: "overflow_compact",
-        1: "overflow_compact",
+        0: f"overflow_{preset}",
+        1: f"overflow_{preset}",
         2: "non_finite",
     }
     alone = encoding.encode(as_given(values, dtype), np.arange(4) == 3)
@@ -220,7 +237,11 @@ def test_rows_that_are_too_large_are_refused_and_leave_the_others(dtype):
         ("grid", "logits_road", (2, 2, 8)),
     ],
 )
-def test_what_must_stay_wider_is_refused(kind, name, shape):
-    message = rf"compact must be of a grid of features, got a {kind} \(output {name}\)"
+@BOTH
+def test_what_must_stay_wider_is_refused(kind, name, shape, preset):
+    message = (
+        rf"{preset} must be of a grid of features, got a {kind} \(output {name}\); .* "
+        "take lossless or half"
+    )
     with pytest.raises(BankError, match=message):
-        make(shape, kind=kind, name=name)
+        make(shape, kind=kind, name=name, preset=preset)
