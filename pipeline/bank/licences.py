@@ -188,6 +188,6 @@ def check_copies(licence: str | None, allowed: str | None, where: str) -> None:
     if not known and not allowed:
         raise BankError(
             f"{where} needs a licence of the data that is known to allow copies, got "
-            f"{licence or NOT_STATED}; state it as dataset.license (such as cc-by-4.0), "
-            "or say in dataset.copies_allowed who allows them"
+            f"{licence or NOT_STATED}; state it as dataset.license (such as "
+            "cc-by-4.0), or say in dataset.copies_allowed who allows them"
         )

@@ -114,8 +114,8 @@ class StoredRows:
         for name, data in members.items():
             if not data.startswith(START):
                 raise BankError(
-                    f"copy of input {name} must be a JPEG, got {data[:8]!r} (row {row}, "
-                    f"{self._where}); run precompute --repair"
+                    f"copy of input {name} must be a JPEG, got {data[:8]!r} (row "
+                    f"{row}, {self._where}); run precompute --repair"
                 )
         return Sample(str(self._keys[row]), members, {})
 

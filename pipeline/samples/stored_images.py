@@ -11,6 +11,7 @@ Colours are kept at full resolution (4:4:4): on photographs quality 90 so takes 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ def ample_bytes(pixels: int, quality: int) -> int:
     points = _BYTES_PER_PIXEL
     held = min(max(quality, points[0][0]), points[-1][0])
     (low, at_low), (high, at_high) = next(
-        pair for pair in zip(points, points[1:], strict=False) if held <= pair[1][0]
+        pair for pair in itertools.pairwise(points) if held <= pair[1][0]
     )
     per_pixel = at_low + (at_high - at_low) * (held - low) / (high - low)
     rounds = math.ceil((_HEADER_BYTES + pixels * per_pixel) / _ROUND_BYTES)

@@ -88,8 +88,8 @@ def print_report(report: ExportReport) -> None:
     )
     if report.left_out_inputs:
         print(
-            f"left out copies of inputs ({', '.join(report.left_out_inputs)}); --inputs "
-            "takes them along"
+            f"left out copies of inputs ({', '.join(report.left_out_inputs)}); "
+            "--inputs takes them along"
         )
     for problem in report.damaged:
         print(f"damaged  {problem}")
