@@ -20,9 +20,10 @@ from pipeline.bank.export import export
 from pipeline.bank.open import open_bank
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
+from pipeline.plan import make_plan
 from pipeline.precompute import precompute, repair
 from tests.conftest import POINTS_INPUT, bank_identity
-from tests.storing import BLOCK_ROWS, BROKEN, MAKERS, STORED, resized, store_job
+from tests.storing import BLOCK_ROWS, BROKEN, MAKERS, resized, store_job
 
 ARRAY = "stored_inputs/image/native/jpeg"
 
@@ -275,5 +276,16 @@ def test_copies_that_no_block_has_room_for_are_refused(tmp_path):
     )
     with pytest.raises(ManifestError, match=r"an image may take [\d,]+ bytes, and bl"):
         precompute(load_job(str(path)), quiet=True)
-    # A little less than ample is enough.
-    assert STORED["image"]["quality"] == 95
+
+
+def test_copies_have_the_room_of_a_block_where_that_is_nearly_ample(tmp_path):
+    path = store_job(
+        tmp_path, block_rows=2**13, stored_inputs={"image": {"short_side": 44}}
+    )
+    plan = make_plan(load_job(str(path)))
+    (entry,) = [one for one in plan.record.passes if one.holds_inputs]
+    # The widest of the images is 200 x 31: at 1.1 bytes a pixel 8,960 would be ample.
+    assert entry.request["args"]["max_bytes"] == 2**26 // 2**13 == 8192
+    roomy = make_plan(load_job(str(path), ["block_rows=2048"]))
+    (entry,) = [one for one in roomy.record.passes if one.holds_inputs]
+    assert entry.request["args"]["max_bytes"] == 8960
