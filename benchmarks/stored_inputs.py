@@ -1,6 +1,6 @@
 """Batches of images from the bank's own copies against the same batches from shards.
 
-    python benchmarks/stored_inputs.py                     # 2,000 drawn JPEGs, 500 x 375
+    python benchmarks/stored_inputs.py            # 2,000 drawn JPEGs, 400 x 300
     python benchmarks/stored_inputs.py --shards 'imagenet-sample-*.tar'
 
 Every way gives the same rows of view 0 at 224 x 224 in the same batches, from a warm

@@ -26,7 +26,7 @@ from pipeline.bank.holdings import Missing, read_holdings
 from pipeline.bank.record import FEATURES, open_record
 from pipeline.bank.row_index import num_index_parts, read_index_part
 from pipeline.bank.sample_table import SampleTable
-from pipeline.bank.stored_jpeg import split_rows
+from pipeline.bank.stored_jpeg import jpeg_of
 
 
 def open_bank(url: str) -> Bank:
@@ -108,7 +108,8 @@ class Bank:
             BankError: the bank holds no copies of it, or the block is not committed or
                 damaged.
         """
-        return split_rows(read_block(self.array(self.stored_path(name)), block))
+        held = read_block(self.array(self.stored_path(name)), block)
+        return [jpeg_of(row) for row in held]
 
     def stored_path(self, name: str) -> str:
         """Returns the path of an input's copies, as of an output.

@@ -17,7 +17,7 @@ from manifests.errors import BankError
 from pipeline.bank.blocks import read_block
 from pipeline.bank.open import Bank
 from pipeline.bank.shard_copies import shards_of
-from pipeline.bank.stored_jpeg import START, split_rows
+from pipeline.bank.stored_jpeg import START, jpeg_of
 from pipeline.samples.shards import Sample
 
 Int64s = npt.NDArray[np.int64]
@@ -74,12 +74,11 @@ class StoredCopies:
             BankError: the block is not committed, or an object is missing or damaged.
             StorageError: the store cannot be read.
         """
-        offsets = rows - self.first_row(block)
+        first = self.first_row(block)
         images = {}
         for name in sorted(wanted):
             held = read_block(self._arrays[name], block, out=self._take(name))
-            found = zip(rows.tolist(), split_rows(held[offsets]), strict=True)
-            images[name] = dict(found)
+            images[name] = {row: jpeg_of(held[row - first]) for row in rows.tolist()}
             with self._lock:
                 self._free[name].append(held)
         return StoredRows(self._keys, images, self.url_of(block))

@@ -104,11 +104,17 @@ class StoredJpeg(Encoding):
         )
 
 
-def split_rows(rows: npt.NDArray[np.uint8]) -> list[bytes]:
-    """Returns the JPEG of each row, b"" where it is missing.
+def jpeg_of(row: npt.NDArray[np.uint8]) -> bytes:
+    """Returns the JPEG of a row, b"" where it is missing.
 
     Args:
-        rows: (rows, max_bytes), as stored.
+        row: (max_bytes,), as stored.
     """
-    # A JPEG's last byte is that of a marker, never 0.
-    return [row.tobytes().rstrip(b"\0") for row in rows]
+    # A JPEG's last byte is that of a marker, never 0. Its end is looked for in words of
+    # 8 bytes: only what is the JPEG's is ever copied.
+    whole = len(row) - len(row) % 8
+    words = np.flatnonzero(row[:whole].view(np.uint64))
+    start = 8 * int(words[-1]) if len(words) else 0
+    rest = np.flatnonzero(row[whole:]) + whole
+    used = rest if len(rest) else np.flatnonzero(row[start : start + 8]) + start
+    return row[: int(used[-1]) + 1].tobytes() if len(used) else b""

@@ -96,9 +96,11 @@ def test_training_without_shards_runs_and_resumes(bank, tmp_path):
     fields["stages"] = stages
     whole = trainer_for(bank, tmp_path / "whole", **fields)
     assert whole.run().is_done
-    assert not trainer_for(bank, tmp_path / "broken", **fields).run(
-        should_stop=lambda: True
-    ).is_done
+    assert (
+        not trainer_for(bank, tmp_path / "broken", **fields)
+        .run(should_stop=lambda: True)
+        .is_done
+    )
     again = trainer_for(bank, tmp_path / "broken", **fields)
     assert again.run().is_done
     theirs = again.modules.state_dict()
