@@ -70,8 +70,8 @@ def print_facts(facts: dict[str, Any]) -> None:
     for name, one in facts["stored_inputs"].items():
         allowed = facts["copies_allowed"]
         print(
-            f"images   copies of {name}: JPEG of quality {one['quality']}, shorter side "
-            f"at most {one['short_side']}"
+            f"images   copies of {name}: JPEG of quality {one['quality']}, shorter "
+            f"side at most {one['short_side']}"
             + (f"; allowed by: {allowed}" if allowed else "")
         )
     for path, one in facts["outputs"].items():

@@ -22,7 +22,7 @@ from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
 from pipeline.plan import make_plan
 from pipeline.precompute import precompute, repair
-from tests.conftest import POINTS_INPUT, bank_identity
+from tests.conftest import POINTS_INPUT, bank_identity, jpeg, write_tar
 from tests.storing import BLOCK_ROWS, BROKEN, MAKERS, resized, store_job
 
 ARRAY = "stored_inputs/image/native/jpeg"
@@ -122,6 +122,22 @@ def test_a_bank_grows_by_copies_and_nothing_is_rewritten(stored, tmp_path):
 def test_more_views_need_no_new_copies(copied):
     done = precompute(load_job(str(copied), ["views.random=3"]), quiet=True)
     assert set(done.result.valid) == {"net.image.2"}
+
+
+def test_a_shard_of_broken_images_gives_no_copies(tmp_path, make_job):
+    members = [
+        (f"k{row:02d}.jpg", jpeg(row)[: 90 if row % 5 == 0 else None])
+        for row in range(60)
+    ]
+    write_tar(tmp_path / "data" / "train-0.tar", members)
+    job = make_job(limits={"max_invalid_fraction": 1.0}, labels={})
+    precompute(load_job(str(job)), quiet=True)
+    grown = make_job(stored_inputs={"image": {}}, labels={})
+    done = precompute(load_job(str(grown)), quiet=True)
+    assert "more than 1.0% of a work item of 60 samples is invalid" in str(
+        done.result.failures
+    )
+    assert not (tmp_path / "bank" / "commits" / "stored_inputs.image").exists()
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,17 @@ def test_training_without_shards_runs_and_resumes(bank, tmp_path):
         assert torch.equal(value, theirs[name]), name
 
 
+def test_rows_without_a_copy_are_left_out(tmp_path):
+    tight = {"image": {"short_side": 40, "quality": 95, "max_bytes": 1100}}
+    precompute(load_job(str(store_job(tmp_path, stored_inputs=tight))), quiet=True)
+    opened = open_bank(str(tmp_path / "bank"))
+    rows = list(opened.rows())
+    held = {row["key"] for row in rows if row["valid.stored_inputs.image"]}
+    computed = {row["key"] for row in rows if row["valid.net.image"]}
+    assert held < computed
+    assert {key for b in batches(tmp_path / "bank") for key in b.keys} == held
+
+
 def test_workers_give_the_same_batches(bank):
     def taken(workers):
         dataset = BankDataset(
