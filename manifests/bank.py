@@ -63,7 +63,7 @@ class OutputEntry(Strict):
 
     name: str
     size: str
-    kind: Literal["vector", "grid", "frames", "points", "index"]
+    kind: Literal["vector", "grid", "frames", "points", "index", "image"]
     shape: tuple[int, ...]
     dtype: str
     norm: str | None = None
@@ -109,9 +109,16 @@ class PassEntry(Strict):
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @property
+    def holds_inputs(self) -> bool:
+        """Whether it holds copies of an input, and no teacher's outputs."""
+        return any(output.kind == "image" for output in self.outputs)
+
+    @property
     def model(self) -> str:
         """The teacher's model without the folder that a module's file lay in."""
         identity = self.provenance.get("identity", {})
+        if self.holds_inputs:
+            return "copies of the input"
         if "model" not in identity:
             return "row facts"
         return f"{identity['family']}:{identity['model']}"

@@ -11,7 +11,10 @@ from manifests.document import Strict
 
 
 class Selection(Strict):
-    """Which whole objects of a bank to copy; what is empty or None selects all."""
+    """Which whole objects of a bank to copy; what is empty or None selects all.
+
+    Copies of inputs (``stored_inputs``) are the exception: none unless they are named.
+    """
 
     teachers: tuple[str, ...] = Field((), description="patterns of teachers")
     outputs: tuple[str, ...] = Field(
@@ -21,6 +24,9 @@ class Selection(Strict):
     groups: tuple[str, ...] = Field((), description="patterns of groups")
     num_views: int | None = Field(None, ge=1, description="views 0 to num_views - 1")
     shards: tuple[str, ...] = Field((), description="patterns of shards' names")
+    inputs: tuple[str, ...] = Field(
+        (), description="patterns of inputs whose stored copies go along; empty: none"
+    )
 
 
 class ExportedFrom(Strict):

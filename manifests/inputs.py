@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, field_validator
 
-from manifests.document import Strict
+from manifests.document import Strict, parse_bytes
 
 
 class ImageInput(Strict):
@@ -92,3 +92,32 @@ class LabelConfig(Strict):
     num_classes: int | None = Field(
         None, ge=1, description="class index in [0, num_classes); omitted: a number"
     )
+
+
+class StoredInputConfig(Strict):
+    """How a bank keeps copies of an image input: upright, whole, as JPEG."""
+
+    short_side: int = Field(
+        256,
+        ge=8,
+        le=8192,
+        description="pixels of the shorter side; smaller images stay as they are",
+    )
+    quality: int = Field(
+        90,
+        ge=30,
+        le=100,
+        description="of the JPEG, Pillow's scale; lowered, and noted, where an image "
+        "would take more than `max_bytes`",
+    )
+    max_bytes: int | None = Field(
+        None,
+        ge=1024,
+        description="most that one image may take, e.g. 96 KiB; omitted: chosen from "
+        "size and quality",
+    )
+
+    @field_validator("max_bytes", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        return parse_bytes(value) if isinstance(value, str) else value

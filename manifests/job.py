@@ -11,9 +11,12 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from manifests.document import Strict, check_name, parse_bytes
-from manifests.inputs import InputConfig, LabelConfig
+from manifests.inputs import InputConfig, LabelConfig, StoredInputConfig
 from manifests.teacher import TeacherConfig
 from manifests.views import ViewsConfig
+
+STORED_INPUTS = "stored_inputs"
+"""Group of a bank's features that holds copies of its inputs, and key of a job."""
 
 
 class DatasetConfig(Strict):
@@ -24,6 +27,12 @@ class DatasetConfig(Strict):
     )
     license: str | None = Field(
         None, description="licence of the data, kept in the bank"
+    )
+    copies_allowed: str | None = Field(
+        None,
+        min_length=1,
+        description="who allows the bank to hold copies of the data (`stored_inputs`), "
+        "where the licence is not one that is known to; kept in the bank",
     )
 
 
@@ -69,6 +78,11 @@ class Job(Strict):
     inputs: dict[str, InputConfig] = Field(min_length=1)
     labels: dict[str, LabelConfig] = Field(default_factory=dict)
     views: ViewsConfig = Field(default_factory=ViewsConfig)
+    stored_inputs: dict[str, StoredInputConfig] = Field(
+        default_factory=dict,
+        description="image inputs that the bank keeps copies of, so that students can "
+        "be trained without the shards",
+    )
     teachers: dict[str, TeacherConfig] = Field(min_length=1)
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
@@ -92,6 +106,27 @@ class Job(Strict):
                         f"inputs.{name}.{field} needs `metadata: EXT`, the JSON "
                         "member that its path is read from"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _stored_inputs_are_images(self) -> Job:
+        for name in self.stored_inputs:
+            where = f"stored_inputs.{name}"
+            if name not in self.inputs:
+                raise ValueError(
+                    f"{where} must be one of the job's inputs "
+                    f"({', '.join(self.inputs)}); add it to `inputs`, or leave it out"
+                )
+            if (kind := self.inputs[name].kind) != "image":
+                raise ValueError(
+                    f"{where} must be an image, got an input of kind {kind}: a bank "
+                    "stores images alone; leave it out, its students read the shards"
+                )
+        if self.stored_inputs and STORED_INPUTS in self.teachers:
+            raise ValueError(
+                f"teachers.{STORED_INPUTS}: that is where the bank keeps its "
+                "`stored_inputs`; give the teacher another name"
+            )
         return self
 
     @model_validator(mode="after")

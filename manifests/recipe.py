@@ -81,8 +81,13 @@ class MapLabel(Strict):
 
 
 class DataConfig(Strict):
-    """The reader's own copy of the raw data, and which rows of it."""
+    """The reader's own copy of the raw data, or the bank's, and which rows of it."""
 
+    inputs: Literal["shards", "bank"] = Field(
+        "shards",
+        description="bank: the copies that it holds (`stored_inputs` of its job), no "
+        "shards are read; `data: bank` for short",
+    )
     shards: str | list[str] | None = Field(
         None, description="where the shards lie now; omitted: where the bank found them"
     )
@@ -90,6 +95,25 @@ class DataConfig(Strict):
     labels: dict[str, MapLabel] = Field(
         default_factory=dict, description="dense labels that the bank does not hold"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bank_alone(cls, data: Any) -> Any:
+        return {"inputs": "bank"} if data == "bank" else data
+
+    @model_validator(mode="after")
+    def _reads_one(self) -> DataConfig:
+        if self.inputs == "bank" and self.shards is not None:
+            raise ValueError(
+                "give `shards`, or `inputs: bank` for the copies that the bank holds, "
+                "not both"
+            )
+        if self.inputs == "bank" and self.labels:
+            raise ValueError(
+                f"label {next(iter(self.labels))} lies in the shards alone, which "
+                "`inputs: bank` does not read; give `shards`, or leave `labels` out"
+            )
+        return self
 
 
 class StudentConfig(Strict):

@@ -132,9 +132,9 @@ class BlockWork:
                 self._usable[name][offset] = not codes
                 for code in codes:
                     self._reasons[name][code].append(offset)
+                is_invalid = is_invalid or bool(live.outputs and codes)
                 if live.teacher is None:
                     continue
-                is_invalid = is_invalid or bool(codes)
                 batch = offset // live.entry.batch
                 self._batches_left[name, batch] -= 1
                 if self._batches_left[name, batch] == 0:
@@ -199,7 +199,7 @@ class BlockWork:
         if self._aborted:
             return
         live = self._passes[name]
-        if live.teacher is None:
+        if not live.outputs:
             objects = self._write_facts(live, store)
         else:
             objects = self._write_outputs(live, store)
@@ -247,7 +247,10 @@ class BlockWork:
     ) -> dict[str, tuple[int, int]]:
         name = live.entry.id
         usable = self._usable[name]
-        values = self._outputs_of(live)
+        if live.teacher is None:
+            values = self._inputs.copies_of(live)
+        else:
+            values = self._outputs_of(live)
         for (output, _), target in values.items():
             if output.kind == "index":
                 np.copyto(target, self._inputs.points_of(live, output))

@@ -95,6 +95,8 @@ def list_fits(
     views: dict[str, int] = {}
     first: dict[str, tuple[PassEntry, str]] = {}
     for entry in record.passes:
+        if entry.holds_inputs:
+            continue
         for size in dict.fromkeys(output.size for output in entry.outputs):
             level = level_path(entry, size)
             first.setdefault(level, (entry, size))

@@ -61,6 +61,8 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
         }
     outputs = {}
     for path, entry, output in layout.outputs(record):
+        if entry.holds_inputs:
+            continue
         variance = _variance(store, path)
         dead = [] if variance is None else dead_channels(variance).tolist()
         outputs[path] = {
@@ -88,6 +90,12 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
         "block_rows": record.block_rows,
         "views": record.num_views,
         "dataset_license": record.dataset.get("license"),
+        "copies_allowed": record.dataset.get("copies_allowed"),
+        "stored_inputs": {
+            entry.inputs[0]: {"path": path, **entry.request["args"]}
+            for path, entry, _ in layout.outputs(record)
+            if entry.holds_inputs
+        },
         "passes": passes,
         "outputs": outputs,
         "points": {

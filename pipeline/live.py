@@ -21,6 +21,7 @@ from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.errors import PipelineError
 from pipeline.group_teachers import parse_size, request_of
+from pipeline.stored_spec import stored_specs
 from teachers import registry
 from teachers.inputs.spec import InputSpec
 from teachers.interface import Teacher, WeightsRecord
@@ -62,7 +63,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class LivePass:
-    """A pass whose teacher is loaded; row facts have none."""
+    """A pass whose teacher is loaded; row facts and copies of inputs have none."""
 
     entry: PassEntry
     teacher: Teacher | None
@@ -210,6 +211,11 @@ def load_passes(
         entry = record.pass_by_id(name)
         if not entry.outputs:
             passes[name] = LivePass(entry, None, (), {}, device)
+            continue
+        if entry.holds_inputs:
+            passes[name] = LivePass(
+                entry, None, _outputs(entry), stored_specs(entry), device
+            )
             continue
         config = TeacherConfig.model_validate(entry.request)
         request = request_of(entry.teacher, config, entry.inputs, record.inputs)

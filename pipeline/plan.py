@@ -19,12 +19,12 @@ from manifests.errors import BankError, ManifestError
 from manifests.inputs import INPUT, InputConfig
 from manifests.job import Job
 from manifests.storage import Store
-from pipeline import group_teachers, resolve, sizing
+from pipeline import group_teachers, resolve, sizing, stored_inputs
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.commits import list_commits
 from pipeline.bank.dataset_index import read_rows
 from pipeline.bank.record import read_record
-from pipeline.group_teachers import GroupTeacher
+from pipeline.group_teachers import Described, GroupTeacher
 from pipeline.inputs import ProbedShard, resolve_input, view_policy
 from pipeline.samples import sources
 from pipeline.shard_table import (
@@ -136,6 +136,9 @@ def make_plan(
     teachers = group_teachers.find_teachers(
         job, inputs, views, record, None if needs_weights else missing
     )
+    teachers += stored_inputs.find_stored_inputs(
+        job, inputs, record, lambda: _probed(store, record, changes)
+    )
     passes = _resolve_passes(job, inputs, views, record, teachers, changes)
     planned = BankRecord(
         created_by=record.created_by if record else _created_by(),
@@ -184,7 +187,10 @@ def _labels(job: Job) -> dict[str, dict[str, Any]]:
 
 def _dataset(job: Job, record: BankRecord | None) -> dict[str, Any]:
     held = record.dataset if record else {}
-    return {**held, "license": job.dataset.license or held.get("license")}
+    found = {**held, "license": job.dataset.license or held.get("license")}
+    if job.dataset.copies_allowed is not None:
+        found["copies_allowed"] = job.dataset.copies_allowed
+    return found
 
 
 def _check_samples(changes: ShardChanges) -> None:
@@ -311,6 +317,12 @@ def _resolve_views(
     return dict(held)
 
 
+def _describe(item: GroupTeacher) -> Described:
+    if stored_inputs.is_stored_input(item):
+        return stored_inputs.describe_stored_input(item)
+    return group_teachers.describe(item)
+
+
 def _largest_row_bytes(passes: Iterable[PassEntry]) -> int:
     arrays = (
         ArraySpec.from_json(data)
@@ -341,7 +353,7 @@ def _resolve_passes(
     """Returns the passes a job needs; teachers that a bank answers are not opened."""
     requests = dict(record.requests) if record else {}
     unknown = [item for item in teachers if item.digest not in requests]
-    described = {item.digest: group_teachers.describe(item) for item in unknown}
+    described = {item.digest: _describe(item) for item in unknown}
     samples = _live_samples(record, changes)
     held_rows = record.block_rows if record else job.block_rows
     batches = {
@@ -350,6 +362,7 @@ def _resolve_passes(
             samples, held_rows, described[item.digest].cost.working_bytes
         )
         for item in unknown
+        if not stored_inputs.is_stored_input(item)
     }
 
     def resolved(block_rows: int) -> _Passes:
@@ -362,14 +375,16 @@ def _resolve_passes(
             if item.digest not in described:
                 wanted += requests[item.digest]
                 continue
+            is_copy = stored_inputs.is_stored_input(item)
             fresh, old = resolve.resolve_teacher(
                 item,
                 described[item.digest],
                 record,
                 views=views,
-                last_view=job.views.random,
+                # A copy is of the sample, in none of its views.
+                last_view=0 if is_copy else job.views.random,
                 block_rows=block_rows,
-                batch=batches[item.digest],
+                batch=block_rows if is_copy else batches[item.digest],
                 taken=taken,
             )
             new += fresh

@@ -165,6 +165,14 @@ class PreparedRows:
                 return self._points_given[one.key]
         raise AssertionError("an output of points has a sweep")
 
+    def copies_of(self, live: LivePass) -> dict[tuple[StoredOutput, int], np.ndarray]:
+        """Returns prepared rows as the output of a pass that copies its input."""
+        ((_, one),) = live.prepared()
+        (output,) = live.outputs
+        return {
+            (output, view): self._arrays[one.key, view] for view in live.entry.views
+        }
+
     def release(self, give: Callable[[np.ndarray], None]) -> None:
         """Hands every array to ``give``; the rows are gone."""
         for array in self._arrays.values():

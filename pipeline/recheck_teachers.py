@@ -35,7 +35,9 @@ def passes_of(record: BankRecord, teachers: Sequence[str] | None) -> list[PassEn
     Raises:
         PipelineError: it has no such teacher.
     """
-    held = [entry for entry in record.passes if entry.outputs]
+    held = [
+        entry for entry in record.passes if entry.outputs and not entry.holds_inputs
+    ]
     names = list(dict.fromkeys(entry.teacher for entry in held))
     for name in teachers or ():
         if name not in names:

@@ -21,6 +21,7 @@ from manifests.teacher import OutputConfig
 from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import make_encoding
 from pipeline.bank.point_index import PointIndex
+from pipeline.bank.stored_jpeg import StoredJpeg
 from pipeline.group_teachers import Described, GroupTeacher
 from teachers.interface import (
     OutputSpec,
@@ -65,6 +66,10 @@ def output_entry(
     if spec.kind == "index":
         encoding: Encoding = PointIndex(
             name=spec.name, kind="index", shape=spec.shape, dtype="uint32"
+        )
+    elif spec.kind == "image":
+        encoding = StoredJpeg(
+            name=spec.name, kind="image", shape=spec.shape, dtype="uint8"
         )
     else:
         encoding = make_encoding(

@@ -22,10 +22,11 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from manifests.errors import TeachOnceError
+from manifests.errors import BankError, StorageError, TeachOnceError
 from manifests.recipe import RowsConfig
 from pipeline.bank.open import Bank, open_bank
-from pipeline.bank.shard_copies import ShardCopies
+from pipeline.bank.shard_copies import Copies, ShardCopies
+from pipeline.bank.stored_copies import StoredCopies
 from student_train.batches import Batch, merge_batches
 from student_train.errors import TrainingError
 from student_train.making import BatchMaker, Making, Piece
@@ -40,7 +41,7 @@ _AHEAD = 2
 
 
 class BankDataset(IterableDataset[Batch]):
-    """Batches of a bank and the raw shards; see the README for a loop of one's own.
+    """Batches of a bank and its samples; see the README for a loop of one's own.
 
     Iterating gives the batches of ``epoch``; ``stream`` goes on from one epoch to the
     next without a pause. Under a ``torch`` DataLoader with ``batch_size=None`` every
@@ -79,7 +80,8 @@ class BankDataset(IterableDataset[Batch]):
             reading: what is read of each row.
             batch: rows of a batch, over all ranks.
             rows: which rows; all where omitted.
-            shards: the reader's own copy; where the bank found them if omitted.
+            shards: the reader's own copy; where the bank found them if omitted. Not
+                read where ``reading`` takes the bank's copies.
             view: ``epoch`` for another random view each epoch, or a number.
             window_blocks: blocks that a batch draws from, ranks and workers together.
             seed: of the order.
@@ -128,9 +130,9 @@ class BankDataset(IterableDataset[Batch]):
         groups = np.split(usable - blocks * record.block_rows, starts[1:])
         self._offsets = dict(zip(self._blocks.tolist(), groups, strict=True))
         self._counts = np.asarray([len(one) for one in groups], np.int64)
-        copies = None
+        copies: Copies | None = None
         if opened.reader is not None:
-            copies = ShardCopies(self.bank, shards, usable)
+            copies = _find_copies(self.bank, reading, shards, usable)
         self.sources: Mapping[str, TargetSource] = opened.sources
         self._maker = BatchMaker(self.bank, opened, copies, self._offsets, pin_memory)
         self._arguments: dict[str, Any] = {
@@ -301,6 +303,32 @@ class BankDataset(IterableDataset[Batch]):
 
     def _load(self, key: PartKey) -> LoadedPart:
         return self._maker.load(key.block, self.view_at(key.block, key.epoch))
+
+
+def _find_copies(
+    bank: Bank,
+    reading: Reading,
+    shards: Sequence[str] | None,
+    rows: npt.NDArray[np.int64],
+) -> Copies:
+    """Returns where samples are read: the bank's own copies, or the shards.
+
+    Raises:
+        BankError, StorageError: they are not there; where shards are not and the bank
+            could do without, the message says so.
+    """
+    if reading.stored:
+        return StoredCopies(bank, list(reading.inputs), rows)
+    try:
+        return ShardCopies(bank, shards, rows)
+    except (BankError, StorageError) as error:
+        held = bank.stored_inputs
+        if reading.maps or not reading.inputs or not reading.inputs.keys() <= set(held):
+            raise
+        raise type(error)(
+            f"{error} (the bank holds copies of {', '.join(reading.inputs)}: with "
+            "`data: {inputs: bank}` no shards are needed)"
+        ) from error
 
 
 def _reopen(arguments: dict[str, Any], epoch: int) -> BankDataset:

@@ -25,6 +25,7 @@ from pipeline.samples.images import decode_image, image_size, resize_view
 from pipeline.samples.maps import decode_map, map_in_view
 from pipeline.samples.members import find_member, members_of
 from pipeline.samples.shards import Sample
+from pipeline.samples.stored_images import scale_box
 from pipeline.samples.views import View, ViewPolicy, draw_view
 from student_train.errors import TrainingError
 
@@ -49,13 +50,14 @@ class SampleInView:
 
 
 class InputReader:
-    """Decodes samples of a bank's shards into views."""
+    """Decodes samples of a bank's shards, or its copies of them, into views."""
 
     def __init__(
         self,
         record: BankRecord,
         images: Mapping[str, Interpolation],
         maps: Mapping[str, MapLabel],
+        stored: bool = False,
     ) -> None:
         """Chooses what is decoded.
 
@@ -63,6 +65,8 @@ class InputReader:
             record: of the bank.
             images: image inputs to the filter of their resize.
             maps: label maps by name.
+            stored: whether samples are the bank's copies, whose members are called as
+                the inputs are.
 
         Raises:
             TrainingError: an input that the bank does not have or that is no image.
@@ -72,7 +76,11 @@ class InputReader:
         self._maps = dict(maps)
         asked = {*images, *(one.input for one in maps.values() if one.input)}
         self._configs = {name: image_input(record, name) for name in sorted(asked)}
-        members = {m for one in self._configs.values() for m in members_of(one)}
+        self._members = {
+            name: (name,) if stored else members_of(one)
+            for name, one in self._configs.items()
+        }
+        members = {member for found in self._members.values() for member in found}
         members |= {one.member.lower() for one in maps.values()}
         self.wanted: frozenset[str] = frozenset(members)
 
@@ -83,6 +91,7 @@ class InputReader:
         view: int,
         sizes: Mapping[str, Size],
         calibration: Mapping[str, Calibration],
+        originals: Mapping[str, Size] | None = None,
     ) -> SampleInView:
         """Returns a sample in a view.
 
@@ -92,25 +101,31 @@ class InputReader:
             view: number of the view.
             sizes: (height, width) of each image input.
             calibration: of the full images, for inputs whose calibration is asked.
+            originals: (height, width) of the images that the sample's are copies of;
+                None where they are the images themselves. Views are of the originals.
 
         Raises:
             SampleError: a member is missing or cannot be decoded.
         """
         images: dict[str, Image.Image] = {}
         full: dict[str, Size] = {}
-        for name, config in self._configs.items():
-            data = find_member(sample, members_of(config))
+        for name, members in self._members.items():
+            data = find_member(sample, members)
             if name in self._interpolation:
                 images[name] = decode_image(data)
                 full[name] = (images[name].height, images[name].width)
             else:
                 full[name] = image_size(data)
-        drawn = draw_view(self._policy, shard, sample.key, view, full)
+        whole = full if originals is None else {**full, **originals}
+        drawn = draw_view(self._policy, shard, sample.key, view, whole)
         found = SampleInView()
         for name, image in images.items():
+            box = drawn.boxes[name]
+            if originals is not None:
+                box = scale_box(box, whole[name], full[name])
             found.images[name] = resize_view(
                 image,
-                drawn.boxes[name],
+                box,
                 drawn.flip,
                 sizes[name],
                 self._interpolation[name],

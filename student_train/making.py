@@ -16,7 +16,7 @@ import torch
 
 from pipeline.bank.blocks import BankArray, BlockMaps, read_block
 from pipeline.bank.open import Bank
-from pipeline.bank.shard_copies import RowReader, ShardCopies
+from pipeline.bank.shard_copies import Copies, RowReader
 from pipeline.samples.calibration import Calibration
 from pipeline.samples.errors import SampleError
 from student_train.batches import Batch, BatchMemory, Cameras
@@ -72,13 +72,13 @@ class Making:
 
 
 class BatchMaker:
-    """Makes batches of one bank and one copy of its shards."""
+    """Makes batches of one bank and its samples."""
 
     def __init__(
         self,
         bank: Bank,
         opened: OpenedReading,
-        copies: ShardCopies | None,
+        copies: Copies | None,
         offsets: Mapping[int, Int64s],
         pin_memory: bool,
     ) -> None:
@@ -87,7 +87,7 @@ class BatchMaker:
         Args:
             bank: an open bank.
             opened: what is read of it.
-            copies: of the shards; None where nothing of them is read.
+            copies: give the samples; None where nothing of them is read.
             offsets: usable rows of each block.
             pin_memory: whether batches lie in page-locked memory.
         """
@@ -212,14 +212,20 @@ class BatchMaker:
             for name, (intrinsics, lidar2cam) in self._opened.calibration.items()
         }
         shard = self._copies.shard_of(block).name
+        full = self._opened.full_sizes(row)
         try:
             return self._opened.reader.read(
-                sample, shard, piece.view, sizes, calibration
+                sample, shard, piece.view, sizes, calibration, full
             )
         except SampleError as error:
+            what = (
+                "check data.shards and data.labels"
+                if full is None
+                else "run `teachonce verify --full`"
+            )
             raise TrainingError(
                 f"sample must be readable, got {error} (row {row}, {sample.key!r} of "
-                f"{url}); check data.shards and data.labels"
+                f"{url}); {what}"
             ) from error
 
     def finish(self, making: Making) -> Batch:

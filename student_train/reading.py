@@ -31,6 +31,7 @@ class Reading:
         cameras: image inputs whose calibration is wanted.
         normalise: targets that are standardised; all but logits where omitted.
         interpolation: filter of the inputs' resize.
+        stored: whether images are the bank's own copies, not those of the shards.
     """
 
     inputs: Mapping[str, Size | Sequence[Size]] = field(default_factory=dict)
@@ -40,6 +41,7 @@ class Reading:
     cameras: Sequence[str] = ()
     normalise: frozenset[str] | None = None
     interpolation: Interpolation = "bicubic"
+    stored: bool = False
 
     def sizes(self, seed: int, epoch: int, step: int) -> dict[str, Size]:
         """Returns (height, width) of each image input in one batch."""
@@ -100,11 +102,43 @@ class OpenedReading:
             for name in dict.fromkeys(padded)
         }
         self.labels = {name: self._label(name) for name in reading.labels}
+        self._full_sizes = self._find_copies() if reading.stored else {}
         self.reader: InputReader | None = None
         if reading.inputs or reading.maps:
             images = dict.fromkeys(reading.inputs, reading.interpolation)
-            self.reader = InputReader(bank.record, images, reading.maps)
+            self.reader = InputReader(
+                bank.record, images, reading.maps, stored=reading.stored
+            )
         self.calibration = {name: self._calibration(name) for name in reading.cameras}
+
+    def _find_copies(self) -> dict[str, npt.NDArray[np.int32]]:
+        """Returns the size of every row's original image, by input.
+
+        Raises:
+            TrainingError: something is read that only shards have.
+            BankError: the bank has no copies of an input.
+        """
+        if self._reading.maps:
+            raise TrainingError(
+                f"label {next(iter(self._reading.maps))} lies in the shards alone and "
+                "cannot be read with `data: {inputs: bank}`; give data.shards, or "
+                "leave it out of data.labels"
+            )
+        for name in self._reading.inputs:
+            self._bank.stored_path(name)
+        return {
+            name: self._bank.whole_array(f"views/{name}_size")
+            for name in self._reading.inputs
+        }
+
+    def full_sizes(self, row: int) -> dict[str, Size] | None:
+        """Returns (height, width) of a row's originals where copies are read."""
+        if not self._reading.stored:
+            return None
+        return {
+            name: (int(sizes[row, 0]), int(sizes[row, 1]))
+            for name, sizes in self._full_sizes.items()
+        }
 
     def _label(self, name: str) -> npt.NDArray[Any]:
         if name not in self._bank.record.labels:
@@ -155,6 +189,9 @@ class OpenedReading:
         mapped = {one.input for one in self._reading.maps.values() if one.input}
         for name in sorted({*self._reading.inputs, *mapped}):
             found &= (self._bank.whole_array(f"views/{name}_size") > 0).all(axis=1)
+        if self._reading.stored:
+            for name in self._reading.inputs:
+                found &= self._bank.validity(self._bank.stored_path(name))
         return found
 
 

@@ -24,6 +24,8 @@ _LOCK = "run.lock"
 # Fields of a recipe that change how fast it runs, not what it learns.
 _FREE = ("run", "banks", "checkpoints", "engine")
 _FREE_OF = {"data": ("shards",), "loader": ("threads", "workers", "prefetch")}
+# Fields that came later, and what was meant before: runs begun then go on.
+_LATER = {"data": {"inputs": "shards"}}
 
 
 class RunFolder:
@@ -153,7 +155,12 @@ def _essential(record: Mapping[str, Any]) -> dict[str, Any]:
     recipe = {k: v for k, v in record["recipe"].items() if k not in _FREE}
     for section, names in _FREE_OF.items():
         held = recipe.get(section) or {}
-        recipe[section] = {k: v for k, v in held.items() if k not in names}
+        later = _LATER.get(section, {})
+        recipe[section] = {
+            k: v
+            for k, v in held.items()
+            if k not in names and (k not in later or v != later[k])
+        }
     rest = {k: v for k, v in record.items() if k not in ("recipe", "result")}
     return {"recipe": recipe, **rest}
 

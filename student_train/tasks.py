@@ -268,4 +268,5 @@ def reading_of(recipe: Recipe, tasks: tuple[Task, ...], sizes: list[Size]) -> Re
         cameras=(student.input,) if has_bev else (),
         normalise=standardised,
         interpolation=student.interpolation,
+        stored=recipe.data.inputs == "bank",
     )

@@ -367,6 +367,7 @@ class Trainer:
             "rows": [dataset.num_rows for dataset in self.datasets],
             "data": self._data_digest(),
             "steps": self.stage_steps,
+            **self._copies_facts(),
             "sources": {
                 task.name: [task.path, self.bank.pass_of(task.path).fingerprint]
                 for task in self.tasks
@@ -379,6 +380,13 @@ class Trainer:
                 if (one := source.normaliser) is not None
             },
         }
+
+    def _copies_facts(self) -> dict[str, Any]:
+        """Returns which copies of its input the student learns from, if it does."""
+        if self.recipe.data.inputs != "bank":
+            return {}
+        path = self.bank.stored_path(self.recipe.student.input)
+        return {"copies": [path, self.bank.pass_of(path).fingerprint]}
 
     def _data_digest(self) -> str:
         """Returns what tells the rows and their shards from any others."""

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from teachers.inputs.spec import InputSpec
 
 Size = tuple[int, int]
-OutputKind = Literal["vector", "grid", "frames", "points", "index"]
+OutputKind = Literal["vector", "grid", "frames", "points", "index", "image"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class OutputSpec:
             ``logits``, ``bev`` or ``points``.
         kind: ``vector`` is (C,), ``grid`` is (H, W, C) in raster order, ``frames``
             is (T, H, W, C), ``points`` is (P, C) in the order of the points given,
-            ``index`` (P,) says which points those are (the engine makes it).
+            ``index`` (P,) says which points those are (the engine makes it), ``image``
+            (bytes,) is a copy of an input (no teacher makes it).
         shape: of one row and view, channels last.
         dtype: what the forward pass yields: float32, bfloat16 or float16.
         norm: ``post`` or ``pre`` the model's final norm; None where it says nothing.

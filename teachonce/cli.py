@@ -220,6 +220,13 @@ def _export_arguments(export: argparse.ArgumentParser) -> None:
         "--shards", nargs="+", metavar="NAME", help="such as 'train-{00000..00003}.tar'"
     )
     export.add_argument(
+        "--inputs",
+        nargs="*",
+        metavar="NAME",
+        help="take the stored copies of inputs along (all, or those named); else they "
+        "are left out",
+    )
+    export.add_argument(
         "--whole",
         action="store_true",
         help="refuse where a block is not computed yet; else what there is is copied",

@@ -69,6 +69,7 @@ def render_card(url: str, record: BankRecord) -> str:
         _licences(record),
         _teachers(record),
         _preprocessing(record),
+        _stored_inputs(url, record),
         _arrays(record),
         _opening(url, record),
     )
@@ -76,7 +77,9 @@ def render_card(url: str, record: BankRecord) -> str:
 
 
 def _teacher_passes(record: BankRecord) -> list[PassEntry]:
-    return [entry for entry in record.passes if entry.outputs]
+    return [
+        entry for entry in record.passes if entry.outputs and not entry.holds_inputs
+    ]
 
 
 def _table(head: Sequence[str], rows: Iterator[Sequence[str]]) -> Iterator[str]:
@@ -228,6 +231,58 @@ def _short(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def _stored_inputs(url: str, record: BankRecord) -> Iterator[str]:
+    """Yields that a bank holds copies of its data, how, and who allows it."""
+    found = [
+        (path, entry) for path, entry, _ in layout.outputs(record) if entry.holds_inputs
+    ]
+    if not found:
+        return
+    state = record.state
+    assert state is not None
+    allowed = record.dataset.get("copies_allowed")
+    yield "## Images"
+    yield ""
+    yield (
+        "**This bank holds copies of the data itself**, under the licence of the data: "
+        f"{find_licence(record.dataset.get('license')).name}."
+        + (f" Copies allowed by: {allowed}." if allowed else "")
+        + " Whoever passes the bank on passes them on; `teachonce export` leaves them "
+        "out unless `--inputs` names them."
+    )
+    yield ""
+    yield from _table(
+        ("array (sample, byte)", "input", "shorter side", "quality", "images"),
+        (
+            (
+                path,
+                entry.inputs[0],
+                f"{entry.request['args']['short_side']} at most",
+                f"{entry.request['args']['quality']} at most",
+                f"{state.valid[entry.id]:,}",
+            )
+            for path, entry in found
+        ),
+    )
+    yield (
+        "A row is a JPEG with zeros behind its end: the whole upright image (EXIF "
+        "applied), resized once. All zeros is missing. `<array>_quality` says with "
+        "which quality each was made. Boxes in `views/` are in pixels of the original, "
+        "whose size is `views/<input>_size`; scale them by the JPEG's own size."
+    )
+    yield ""
+    yield "```python"
+    yield "import io"
+    yield ""
+    yield "import zarr"
+    yield "from PIL import Image"
+    yield ""
+    yield f'root = zarr.open_group("{url}/features.zarr", mode="r")'
+    yield f'image = Image.open(io.BytesIO(root["{found[0][0]}"][0].tobytes()))'
+    yield "```"
+    yield ""
+
+
 def _arrays(record: BankRecord) -> Iterator[str]:
     yield "## Arrays"
     yield ""
@@ -240,7 +295,8 @@ def _arrays(record: BankRecord) -> Iterator[str]:
             output.dtype,
             output.norm or "",
         )
-        for path, _, output in layout.outputs(record)
+        for path, entry, output in layout.outputs(record)
+        if not entry.holds_inputs
     )
     yield from _table(head, rows)
     yield (
@@ -255,7 +311,7 @@ def _arrays(record: BankRecord) -> Iterator[str]:
 
 def _opening(url: str, record: BankRecord) -> Iterator[str]:
     """Yields lines that open one output with each of four readers."""
-    outputs = list(layout.outputs(record))
+    outputs = [one for one in layout.outputs(record) if not one[1].holds_inputs]
     if not outputs:
         return
     path, _, output = next(

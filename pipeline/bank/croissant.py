@@ -90,8 +90,12 @@ def croissant(
     state = record.state
     assert state is not None
     name = url.rstrip("/").rsplit("/", 1)[-1]
-    teachers = dict.fromkeys(e.teacher for e in record.passes if e.outputs)
-    outputs = ", ".join(path for path, _, _ in layout.outputs(record))
+    passes = [entry for entry in record.passes if entry.outputs]
+    teachers = dict.fromkeys(e.teacher for e in passes if not e.holds_inputs)
+    held = list(layout.outputs(record))
+    outputs = ", ".join(path for path, one, _ in held if not one.holds_inputs)
+    copies = ", ".join(path for path, one, _ in held if one.holds_inputs)
+    images = f" With copies of the images, as JPEG: {copies}." if copies else ""
     encodings = {".json": "application/json", ".parquet": _PARQUET}
     return {
         "@context": _CONTEXT,
@@ -100,8 +104,8 @@ def croissant(
         "name": name,
         "description": (
             f"Outputs of the frozen models {', '.join(teachers)} for {state.rows:,} "
-            f"samples in {record.num_views} view(s), as Zarr v3: {outputs}. README.md "
-            "says by which weights and which preprocessing."
+            f"samples in {record.num_views} view(s), as Zarr v3: {outputs}.{images} "
+            "README.md says by which weights and which preprocessing."
         ),
         "url": url,
         "license": _licences(record),
@@ -151,7 +155,11 @@ def croissant(
 def _licences(record: BankRecord) -> list[str]:
     """Returns licences as they are told: of the data, then of each teacher."""
     told = [record.dataset.get("license")]
-    told += [e.provenance.get("license") for e in record.passes if e.outputs]
+    told += [
+        e.provenance.get("license")
+        for e in record.passes
+        if e.outputs and not e.holds_inputs
+    ]
     return list(dict.fromkeys(one for one in told if one)) or ["not stated"]
 
 

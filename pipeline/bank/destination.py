@@ -85,7 +85,8 @@ def _differences(held: BankRecord, planned: BankRecord) -> Iterator[str]:
         old, new = before.selection.model_dump(), now.selection.model_dump()
         for name in old:
             if old[name] != new[name]:
-                yield f"{name}: {old[name] or 'all'} there, {new[name] or 'all'} now"
+                empty = "none" if name == "inputs" else "all"
+                yield f"{name}: {old[name] or empty} there, {new[name] or empty} now"
     if held.block_rows != planned.block_rows:
         yield "other blocks"
     if held.num_views > planned.num_views:

@@ -189,7 +189,7 @@ def value_differences(
     different = {pair.path_a for pair in read.different}
     equal = {pair.path_a for pair in found.objects} - different
     for path, mine, theirs in common_outputs(in_a.record, in_b.record):
-        if mine.kind == "index" or (mine.kind, mine.shape) != (
+        if mine.kind in ("index", "image") or (mine.kind, mine.shape) != (
             theirs.kind,
             theirs.shape,
         ):

@@ -25,8 +25,8 @@ from manifests.teacher import OutputConfig
 from pipeline.bank.arrays import ArraySpec, Codec, Fill, chunk_rows_for
 
 Array = npt.NDArray[Any]
-Kind = Literal["vector", "grid", "frames", "points", "index"]
-LogicalDtype = Literal["float32", "bfloat16", "float16", "uint32"]
+Kind = Literal["vector", "grid", "frames", "points", "index", "image"]
+LogicalDtype = Literal["float32", "bfloat16", "float16", "uint32", "uint8"]
 
 NON_FINITE = "non_finite"
 OVERFLOW_FLOAT16 = "overflow_float16"
@@ -40,12 +40,14 @@ AXES: dict[str, tuple[str, ...]] = {
     "frames": ("frame", "y", "x", "channel"),
     "points": ("point", "channel"),
     "index": ("point",),
+    "image": ("byte",),
 }
 STORED_DTYPE = {
     "float32": "float32",
     "bfloat16": "uint16",
     "float16": "float16",
     "uint32": "uint32",
+    "uint8": "uint8",
 }
 # Bits of positive infinity: at or above them a number without its sign is not finite.
 _INFINITY_BITS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00}
@@ -74,7 +76,8 @@ class Encoding(ABC):
     Attributes:
         name: of the output, such as ``patch``.
         kind: ``vector`` (channel), ``grid`` (y, x, channel), ``frames`` (frame, y, x,
-            channel), ``points`` (point, channel) or ``index`` (point).
+            channel), ``points`` (point, channel), ``index`` (point) or ``image``
+            (byte).
         shape: of one row.
         dtype: logical type of the values that come in.
 

@@ -16,6 +16,7 @@ from manifests.errors import BankError
 from manifests.teacher import OutputConfig
 from pipeline.bank import compact as compact  # registers its preset
 from pipeline.bank import point_index as point_index
+from pipeline.bank import stored_jpeg as stored_jpeg
 from pipeline.bank import tiny as tiny
 from pipeline.bank import topk as topk
 from pipeline.bank.arrays import ArraySpec, Codec, Fill

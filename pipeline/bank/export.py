@@ -64,6 +64,7 @@ class ExportReport:
         missing_blocks: number of blocks per pass that neither bank has.
         damaged: one line per block of the source that is not what was committed. Where
             there are any, the part is not finished.
+        left_out_inputs: inputs whose stored copies the source has and the part has not.
     """
 
     bank: str
@@ -74,6 +75,7 @@ class ExportReport:
     seconds: float = 0.0
     missing_blocks: dict[str, int] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
+    left_out_inputs: list[str] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
@@ -125,6 +127,7 @@ def export(
     if do_break_lock:
         break_lock(destination)
     report = ExportReport(destination.url)
+    report.left_out_inputs = _left_out_inputs(record, part.record)
     with bank_lock(destination, "export"):
         held = _held(destination, planned)
         try:
@@ -143,6 +146,15 @@ def export(
 
 def _committed(store: Store, record: BankRecord) -> dict[str, set[int]]:
     return {entry.id: list_commits(store, entry.id) for entry in record.passes}
+
+
+def _left_out_inputs(source: BankRecord, part: BankRecord) -> list[str]:
+    kept = {entry.inputs for entry in part.passes if entry.holds_inputs}
+    return [
+        entry.inputs[0]
+        for entry in source.passes
+        if entry.holds_inputs and entry.inputs not in kept
+    ]
 
 
 def _origin(

@@ -21,7 +21,7 @@ from pipeline.bank.verify_frame import has_own_crc
 # Of outputs that have any: the covariance may be left out, the others never.
 _ALWAYS = ("mean", "variance", "mean_direction", "dispersion", "count")
 _STATISTICS = (*_ALWAYS, "covariance")
-_WITHOUT = frozenset({"topk", "index"})
+_WITHOUT = frozenset({"topk", "index", "jpeg"})
 
 
 def copy_frame(

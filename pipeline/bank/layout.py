@@ -193,7 +193,8 @@ def _groups(record: BankRecord) -> dict[str, dict[str, object]]:
             groups[level] = {"preprocess": entry.provenance["preprocess"][size]}
             if entry.has_own_geometry(size):
                 groups[level]["geometry"] = OWN_GEOMETRY
-            groups[f"{level}/stats"] = {}
+            if not entry.holds_inputs:
+                groups[f"{level}/stats"] = {}
     return groups
 
 

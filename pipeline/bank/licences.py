@@ -8,9 +8,12 @@ it. A guide to where to look, not legal advice.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+
+from manifests.errors import BankError
 
 NOT_STATED = "not stated"
 # How our PointPillars presets join the licence of the code to that of the data.
@@ -74,6 +77,14 @@ _KNOWN: dict[str, tuple[Restriction, str]] = {
         Restriction.NON_COMMERCIAL,
         "https://www.image-net.org/download.php",
     ),
+    "waymo-open-dataset-license": (
+        Restriction.NON_COMMERCIAL,
+        "https://waymo.com/open/terms/",
+    ),
+    "cityscapes-license": (
+        Restriction.NON_COMMERCIAL,
+        "https://www.cityscapes-dataset.com/license/",
+    ),
     "fair-noncommercial-research-license": (
         Restriction.NON_COMMERCIAL,
         "https://raw.githubusercontent.com/facebookresearch/vggt-omega/master/LICENSE",
@@ -93,6 +104,16 @@ _KNOWN: dict[str, tuple[Restriction, str]] = {
     ),
     "gemma": (Restriction.CUSTOM, "https://ai.google.dev/gemma/terms"),
 }
+
+# Those of the table that let nobody pass the data itself on, resized or not: whoever
+# wants it is to ask its owner. Of `nd` licences, which are not in the table, changed
+# copies may not be passed on.
+_NO_COPIES = frozenset(
+    {"imagenet-noncommercial", "waymo-open-dataset-license", "cityscapes-license"}
+)
+_NO_CHANGES = re.compile(r"cc-by(-nc)?-nd-\d\.\d")
+# Those of the table that are no licences of data, or whose words on copies nobody read.
+_COPIES_UNREAD = frozenset({"fair-noncommercial-research-license"})
 
 
 @dataclass(frozen=True)
@@ -133,3 +154,40 @@ def strictest(licences: Iterable[Licence]) -> Licence:
         ValueError: there is none.
     """
     return max(licences, key=lambda licence: licence.restriction)
+
+
+def check_copies(licence: str | None, allowed: str | None, where: str) -> None:
+    """Checks that copies of data may be kept where others can get at them.
+
+    A licence that forbids it does so whatever else is said. One that is not known to
+    allow it, or none, needs somebody who says so.
+
+    Args:
+        licence: of the data; an identifier, or several joined by ``;``.
+        allowed: who says that copies are allowed, None for nobody.
+        where: what would be copied, for messages.
+
+    Raises:
+        BankError: copies are not allowed.
+    """
+    names = [part.strip().lower() for part in (licence or "").split(";")]
+    for name in names:
+        if name in _NO_COPIES or _NO_CHANGES.fullmatch(name):
+            url = _KNOWN.get(name, (None, ""))[1]
+            raise BankError(
+                f"{where} must be left out: the licence of the data, {name}, does not "
+                f"allow copies to be passed on{f' ({url})' if url else ''}; students "
+                "read the shards. If its owner allowed them to you, name that "
+                "agreement as dataset.license"
+            )
+    known = all(
+        _KNOWN.get(name, (Restriction.UNKNOWN, ""))[0] <= Restriction.NON_COMMERCIAL
+        and name not in _COPIES_UNREAD
+        for name in names
+    )
+    if not known and not allowed:
+        raise BankError(
+            f"{where} needs a licence of the data that is known to allow copies, got "
+            f"{licence or NOT_STATED}; state it as dataset.license (such as "
+            "cc-by-4.0), or say in dataset.copies_allowed who allows them"
+        )

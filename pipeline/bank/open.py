@@ -18,7 +18,7 @@ from manifests.errors import BankError, StorageError
 from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec, object_name
-from pipeline.bank.blocks import BankArray, read_values
+from pipeline.bank.blocks import BankArray, read_block, read_values
 from pipeline.bank.classifiers import SUFFIX, StoredClassifier, classifier_arrays
 from pipeline.bank.commits import read_blocks, read_commits
 from pipeline.bank.encodings import encoding_from_json
@@ -26,6 +26,7 @@ from pipeline.bank.holdings import Missing, read_holdings
 from pipeline.bank.record import FEATURES, open_record
 from pipeline.bank.row_index import num_index_parts, read_index_part
 from pipeline.bank.sample_table import SampleTable
+from pipeline.bank.stored_jpeg import jpeg_of
 
 
 def open_bank(url: str) -> Bank:
@@ -77,8 +78,53 @@ class Bank:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Paths of the outputs: ``<teacher>/<group>/<size>/<output>``."""
-        return tuple(self._outputs)
+        """Paths of teachers' outputs: ``<teacher>/<group>/<size>/<output>``."""
+        return tuple(
+            path
+            for path, found in self._outputs.items()
+            if not found[0][0].holds_inputs
+        )
+
+    @property
+    def stored_inputs(self) -> dict[str, str]:
+        """Inputs that the bank holds copies of, and the path of each one's array."""
+        return {
+            found[0][0].inputs[0]: path
+            for path, found in self._outputs.items()
+            if found[0][0].holds_inputs
+        }
+
+    def stored_images(self, name: str, block: int) -> list[bytes]:
+        """Returns the copies of an input that a block holds, each a JPEG.
+
+        Args:
+            name: of the input.
+            block: number of the block in the bank.
+
+        Returns:
+            (block_rows,) bytes, b"" where there is none.
+
+        Raises:
+            BankError: the bank holds no copies of it, or the block is not committed or
+                damaged.
+        """
+        held = read_block(self.array(self.stored_path(name)), block)
+        return [jpeg_of(row) for row in held]
+
+    def stored_path(self, name: str) -> str:
+        """Returns the path of an input's copies, as of an output.
+
+        Raises:
+            BankError: the bank holds no copies of it.
+        """
+        paths = self.stored_inputs
+        if name not in paths:
+            raise BankError(
+                f"bank {self._store.url} must hold copies of input {name!r}, it has "
+                f"{', '.join(paths) or 'none'}; add it to stored_inputs of its job, "
+                "export it with --inputs, or give data.shards"
+            )
+        return paths[name]
 
     def output(self, path: str) -> OutputEntry:
         """Returns what the bank says of one output.
@@ -89,7 +135,7 @@ class Bank:
         if path not in self._outputs:
             raise BankError(
                 f"bank {self._store.url} has no output {path!r}; it has "
-                f"{', '.join(self._outputs) or 'none'}"
+                f"{', '.join(self.outputs) or 'none'}"
             )
         return self._outputs[path][0][1]
 

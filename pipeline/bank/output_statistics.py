@@ -137,7 +137,7 @@ def write_statistics(
     live = set(record.live_blocks)
     masks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path, entry, output in layout.outputs(record):
-        if output.encoding["encoding"] in ("topk", "index"):
+        if output.encoding["encoding"] in ("topk", "index", "jpeg"):
             continue
         if entry.id not in masks:
             masks[entry.id] = _valid_rows(store, record, entry, committed, live)

@@ -21,6 +21,7 @@ from manifests.exported import Selection
 from manifests.loading import digest
 from manifests.suggestions import close_matches
 from pipeline.bank import layout
+from pipeline.bank.licences import check_copies
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,12 @@ def _choose(what: str, patterns: Sequence[str], known: Sequence[str]) -> set[str
 
 def _kept_outputs(record: BankRecord, selection: Selection) -> set[str]:
     """Returns paths of the outputs that are kept."""
-    entries = {path: entry for path, entry, _ in layout.outputs(record)}
+    copies = _kept_copies(record, selection)
+    entries = {
+        path: entry
+        for path, entry, _ in layout.outputs(record)
+        if not entry.holds_inputs
+    }
     kinds = {path: output.kind for path, _, output in layout.outputs(record)}
     teachers = _choose(
         "teachers",
@@ -147,7 +153,7 @@ def _kept_outputs(record: BankRecord, selection: Selection) -> set[str]:
         if entry.teacher in teachers and entry.group in groups
     ]
     if not selection.outputs:
-        return set(left)
+        return {*left, *copies}
     chosen: set[str] = set()
     matched: set[str] = set()
     for given, pattern in _expanded(selection.outputs):
@@ -156,11 +162,33 @@ def _kept_outputs(record: BankRecord, selection: Selection) -> set[str]:
         matched |= {given} if found else set()
     _check_each("outputs", selection.outputs, matched, left)
     # Points without the index that says which ones they are would be of no use.
-    return chosen | {
-        path
-        for path in left
-        if kinds[path] == "index" and path.removesuffix("_index") in chosen
+    return (
+        chosen
+        | copies
+        | {
+            path
+            for path in left
+            if kinds[path] == "index" and path.removesuffix("_index") in chosen
+        }
+    )
+
+
+def _kept_copies(record: BankRecord, selection: Selection) -> set[str]:
+    """Returns paths of the copies of inputs that are kept: those that are named.
+
+    Raises:
+        BankError: there are none such, or the data may not be copied.
+    """
+    held = {
+        entry.inputs[0]: path
+        for path, entry, _ in layout.outputs(record)
+        if entry.holds_inputs
     }
+    if not selection.inputs:
+        return set()
+    dataset = record.dataset
+    check_copies(dataset.get("license"), dataset.get("copies_allowed"), "--inputs")
+    return {held[name] for name in _choose("inputs", selection.inputs, list(held))}
 
 
 def _is_named(path: str, pattern: str) -> bool:

@@ -56,6 +56,26 @@ class RowReader(Protocol):
         ...
 
 
+class Copies(Protocol):
+    """Samples of a bank's rows, wherever they come from."""
+
+    def shard_of(self, block: int) -> ShardEntry:
+        """Returns the shard that a block is of."""
+        ...
+
+    def url_of(self, block: int) -> str:
+        """Returns where a block's samples are read from, for messages."""
+        ...
+
+    def first_row(self, block: int) -> int:
+        """Returns the number, as a reader takes it, of a block's first row."""
+        ...
+
+    def open(self, block: int, rows: Int64s, wanted: frozenset[str]) -> RowReader:
+        """Returns a reader of some rows of a block."""
+        ...
+
+
 class ShardCopies:
     """Where a bank's shards lie for this reader."""
 

@@ -244,7 +244,10 @@ def _why_missing(
             is_fill = is_fill.reshape(len(is_fill), *cells, -1)
             is_torn = is_fill.any(axis=-1) & ~is_fill.all(axis=-1)
             flat = is_torn.reshape(len(is_fill), -1)
-    if flat[usable].any() and output.encoding["encoding"] != "topk":
+    if flat[usable].any() and output.encoding["encoding"] not in (
+        "topk",
+        "jpeg",
+    ):
         return "has missing values in valid rows"
     return None
 

@@ -164,15 +164,18 @@ class StudentSource:
         shards: Sequence[str] | None,
         batch: int,
         device: torch.device,
+        stored: bool = False,
     ) -> None:
         """Keeps what it works with; nothing is read yet."""
         self.model = model
-        self._bank, self._shards = bank, shards
+        self._bank, self._shards, self._stored = bank, shards, stored
         self._batch, self._device = batch, device
 
     @cached_property
     def usable(self) -> Bools:
         """Which rows have its image."""
+        if self._stored:
+            return self._bank.validity(self._bank.stored_path(self.model.input))
         return has_image(self._bank, self.model.input)
 
     def row_shape(self, tokens: str) -> Shape:
@@ -191,6 +194,7 @@ class StudentSource:
             Reading(
                 inputs={name: self.model.student.size},
                 interpolation=self.model.config.interpolation,
+                stored=self._stored,
             ),
             batch=self._batch,
             rows=rows,

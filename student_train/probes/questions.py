@@ -141,7 +141,14 @@ class Resolver:
         self._lines = Lines(
             bank,
             {
-                one.name: StudentSource(one, bank, self.shards, probe.batch, device)
+                one.name: StudentSource(
+                    one,
+                    bank,
+                    self.shards,
+                    probe.batch,
+                    device,
+                    stored=probe.data.inputs == "bank",
+                )
                 for one in students
             },
             teachers,

@@ -104,7 +104,7 @@ def _teachers(
     # One teacher may have several passes; its time is not known by pass.
     told: set[str] = set()
     for entry in record.passes:
-        if not entry.outputs:
+        if not entry.outputs or entry.holds_inputs:
             continue
         one = facts["passes"][entry.id]
         taken = seconds.get(entry.teacher)
@@ -195,7 +195,10 @@ def _outputs(store: Store, record: BankRecord, sizes: Mapping[str, int]) -> Tabl
     rows = []
     as_float32 = float32_bytes(store, record)
     total = [0, 0]
-    for path, _, output in layout.outputs(record):
+    for path, entry, output in layout.outputs(record):
+        if entry.holds_inputs:
+            # Bytes of pictures are no float32; they are among the arrays.
+            continue
         arrays = [ArraySpec.from_json(data).path for data in output.arrays]
         stored = sum(sizes.get(array, 0) for array in arrays)
         full = as_float32.get(arrays[0], 0)

@@ -22,6 +22,8 @@ def run(args: argparse.Namespace) -> int:
         groups=tuple(args.groups or ()),
         num_views=None if args.views is None else count_views(args.views),
         shards=tuple(args.shards or ()),
+        # The option alone means all of them.
+        inputs=() if args.inputs is None else tuple(args.inputs or ("*",)),
     )
     with tqdm(
         unit="block", desc="export", disable=True if args.quiet else None, delay=1
@@ -84,6 +86,11 @@ def print_report(report: ExportReport) -> None:
         f"objects copied ({text.size(report.bytes)}, {report.seconds:.1f} s), "
         f"{report.held_objects:,} there already"
     )
+    if report.left_out_inputs:
+        print(
+            f"left out copies of inputs ({', '.join(report.left_out_inputs)}); "
+            "--inputs takes them along"
+        )
     for problem in report.damaged:
         print(f"damaged  {problem}")
     for name, count in report.missing_blocks.items():

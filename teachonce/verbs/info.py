@@ -67,6 +67,13 @@ def print_facts(facts: dict[str, Any]) -> None:
     ]
     head = ("output", "row", "dtype", "encoding", "dead channels")
     print("\n" + text.table(head, outputs) + "\n")
+    for name, one in facts["stored_inputs"].items():
+        allowed = facts["copies_allowed"]
+        print(
+            f"images   copies of {name}: JPEG of quality {one['quality']}, shorter "
+            f"side at most {one['short_side']}"
+            + (f"; allowed by: {allowed}" if allowed else "")
+        )
     for path, one in facts["outputs"].items():
         if not one["aligned"]:
             print(f"own      {path}: {OWN_GEOMETRY}")

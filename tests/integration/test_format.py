@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 
 from manifests.loading import load_job
 from pipeline.bank.encoding import ENCODINGS
@@ -109,6 +110,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
             "lidar": POINTS_INPUT,
         },
         views={"random": 1, "flip": False},
+        stored_inputs={"image": {"short_side": 16}},
         limits={"max_invalid_fraction": 1.0},
         block_rows=4,
     )
@@ -158,8 +160,25 @@ PATHS = [
 
 def test_every_encoding_is_in_the_bank_and_in_the_document(bank: Bank) -> None:
     assert set(PATHS) == set(bank.outputs)
-    held = {bank.output(path).encoding["encoding"] for path in PATHS}
+    passes = bank.record.passes
+    held = {one.encoding["encoding"] for entry in passes for one in entry.outputs}
     assert held == set(ENCODINGS)
+
+
+def test_the_lines_open_the_copies_of_images(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(bank.url).parent)
+    (lines,) = fences(section("jpeg"))
+    names: dict[str, Any] = {"zarr": zarr, "rows": slice(0, 12)}
+    exec(lines, names)
+    found = names["images"]
+    # Shorter side 16, or the image's own 2; a picture is broken, the rest is padding.
+    assert [one and one.size for one in found] == [
+        (48, 16), (16, 48), (16, 16), (49, 16), (16, 16), (200, 2), None, None,
+        None, (48, 16), (16, 48), (16, 16),
+    ]  # fmt: skip
+    assert {one.format for one in found if one} == {"JPEG"}
 
 
 @pytest.mark.parametrize("view", [0, 1])
