@@ -1,4 +1,4 @@
-"""What an export leaves of a pass: fewer outputs or views, chosen rows, other encodings.
+"""What an export leaves of a pass: outputs, views, chosen rows, other encodings.
 
 A pure function of the record. A pass of which anything is left out or encoded anew is
 no longer what its fingerprint says and gets one of its own; ``provenance`` keeps the
@@ -118,20 +118,20 @@ def _part_of_output(
     encoding: Encoding | None,
     rows: RowChange | None,
 ) -> OutputEntry:
+    if encoding is None and rows is None:
+        return output
     specs = [ArraySpec.from_json(data) for data in output.arrays]
     size = specs[0].block_rows if rows is None else rows.block_rows
     if encoding is not None:
         arrays = encoding.arrays(layout.level_path(entry, output.size), size)
         changes: dict[str, Any] = {"encoding": encoding.to_json()}
-    elif rows is not None:
+    else:
         chunks = (chunk_rows_for(spec.row_bytes, size) for spec in specs)
         arrays = tuple(
             replace(spec, block_rows=size, chunk_rows=chunk)
             for spec, chunk in zip(specs, chunks, strict=True)
         )
         changes = {}
-    else:
-        return output
     changes["arrays"] = tuple(spec.to_json() for spec in arrays)
     return output.model_copy(update=changes)
 

@@ -7,6 +7,7 @@ of the rows that were chosen.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from manifests.bank import BankRecord, ShardEntry
 from manifests.errors import BankError
 from manifests.exported import Selection
 from manifests.storage import Store
+from pipeline.bank import layout
 from pipeline.bank.row_filter import Condition
 from pipeline.bank.row_index import num_index_parts, read_index_part
 from pipeline.bank.row_names import KeyList, lies_in, row_places
@@ -24,7 +26,7 @@ from pipeline.sizing import MAX_PADDING, padding
 
 Int64s = npt.NDArray[np.int64]
 
-# A block of the part is read from about as many of the source, so not many smaller ones.
+# With many blocks for one of the source, its objects would be read as many times.
 _LEAST_SHARE = 4
 
 
@@ -141,20 +143,27 @@ def rows_digest(rows: Int64s) -> str:
     return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
 
-def part_block_rows(block_rows: int, rows: Mapping[str, Int64s]) -> int:
+def part_block_rows(record: BankRecord, rows: Mapping[str, Int64s]) -> int:
     """Returns the rows of a block of a part that holds some rows of each shard.
 
     At most the source's and what the largest shard needs; the largest that pads at most
     15 %, or the one that pads least, of those down to a quarter of that: with smaller
-    ones each object of the source would be read many times.
+    ones each object of the source would be read many times. Whole chunks of the source
+    where a block has several, so that those of the part are as large.
 
     Args:
-        block_rows: the source's.
+        record: the source's.
         rows: chosen rows by shard.
     """
     sizes = [len(one) for one in rows.values()]
-    most = min(block_rows, max(sizes))
-    candidates = range(most, -(-most // _LEAST_SHARE) - 1, -1)
+    most = min(record.block_rows, max(sizes))
+    chunks = {spec.chunk_rows for spec in layout.feature_arrays(record)}
+    unit = math.lcm(*(chunks - {record.block_rows}))
+    if unit > most:
+        unit = 1
+    last = -(-most // unit) * unit
+    least = max(unit, last // _LEAST_SHARE // unit * unit)
+    candidates = range(last, least - 1, -unit)
     for size in candidates:
         if padding(size, sizes) <= MAX_PADDING + 1e-9:
             return size

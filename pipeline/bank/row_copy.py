@@ -234,9 +234,7 @@ class _RowCopy:
         for piece in self.task.block.pieces:
             name = f"{FEATURES}/{object_name(spec, piece.block, view)}"
             data = self._read(piece, name)
-            chunks, starts = np.unique(
-                piece.rows // spec.chunk_rows, return_index=True
-            )
+            chunks, starts = np.unique(piece.rows // spec.chunk_rows, return_index=True)
             place = piece.first
             for chunk, rows in zip(
                 chunks.tolist(), np.split(piece.rows, starts[1:]), strict=True

@@ -7,20 +7,20 @@ training and for exporting alike: a share of the rows is the same samples in bot
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from manifests.errors import BankError
 from manifests.storage import read_url
 
 _END = 2**64
 
+Keys = Sequence[str] | npt.NDArray[np.object_]
 
-def row_places(
-    shard: str, keys: Sequence[Any], seed: int = 0
-) -> npt.NDArray[np.uint64]:
+
+def row_places(shard: str, keys: Keys, seed: int = 0) -> npt.NDArray[np.uint64]:
     """Returns (n,) where in [0, 2**64) the hash of each row puts it.
 
     Args:
@@ -53,22 +53,33 @@ class KeyList:
         where: it was read from.
     """
 
-    def __init__(self, lines: Sequence[str], where: str) -> None:
+    def __init__(self, lines: Collection[str], where: str) -> None:
         self.lines = frozenset(line.strip() for line in lines) - {""}
         self.where = where
         self._met: dict[str, set[str]] = {}
 
     @classmethod
     def read(cls, url: str) -> KeyList:
-        """Returns the list in a file; raises StorageError where it cannot be read."""
-        return cls(read_url(url).decode().splitlines(), url)
+        """Returns the list in a file.
+
+        Raises:
+            BankError: it is not text.
+            StorageError: it cannot be read.
+        """
+        try:
+            return cls(read_url(url).decode("utf-8-sig").splitlines(), url)
+        except UnicodeDecodeError as error:
+            raise BankError(
+                f"keys must be UTF-8 text, a key a line, got other bytes ({url}: "
+                f"{error}); write the list anew"
+            ) from error
 
     @property
     def sha256(self) -> str:
         """Digest of the lines, whatever their order."""
         return hashlib.sha256("\n".join(sorted(self.lines)).encode()).hexdigest()
 
-    def matches(self, shard: str, keys: Sequence[Any]) -> npt.NDArray[np.bool_]:
+    def matches(self, shard: str, keys: Keys) -> npt.NDArray[np.bool_]:
         """Returns (n,) which rows of a shard it names, and remembers what it met."""
         found = np.zeros(len(keys), np.bool_)
         for number, key in enumerate(keys):
