@@ -213,6 +213,8 @@ class _RowCopy:
         cells = None
         if part.target.pads(output.size) and output.kind in ("grid", "frames"):
             cells = _is_missing(values, encoding)[..., 0]
+            # An encoding looks at the numbers in cells before it leaves them out.
+            values[cells] = 0
         encoded = encoding.encode(values, usable, missing_cells=cells, reuse=True)
         for suffix, spec in zip(encoding.suffixes, specs, strict=True):
             self._write_object(spec, view, encoded.arrays[suffix])
