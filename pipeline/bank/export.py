@@ -64,7 +64,7 @@ class ExportReport:
         held_objects: that were there already.
         seconds: that it took.
         samples: that it has.
-        source_samples: that the bank has.
+        chosen_of: samples that the bank has, where some of them were chosen.
         missing_blocks: number of blocks per pass that neither bank has.
         mixed_rows: outputs whose stored rows were encoded beside rows that are left
             behind, whose mean and deviation they keep.
@@ -79,7 +79,7 @@ class ExportReport:
     held_objects: int = 0
     seconds: float = 0.0
     samples: int = 0
-    source_samples: int = 0
+    chosen_of: int | None = None
     mixed_rows: list[str] = field(default_factory=list)
     missing_blocks: dict[str, int] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
@@ -145,7 +145,7 @@ def export(
     report = ExportReport(
         destination.url,
         samples=sum(shard.samples for shard in part.record.shards),
-        source_samples=origin.samples or 0,
+        chosen_of=origin.samples if rows is not None else None,
         mixed_rows=[
             f"{one.target.teacher}/{one.target.group}/{name}"
             for one in part.passes

@@ -115,10 +115,10 @@ def print_report(report: ExportReport) -> None:
         f"objects copied ({text.size(report.bytes)}, {report.seconds:.1f} s), "
         f"{report.held_objects:,} there already"
     )
-    if report.samples < report.source_samples:
+    if report.chosen_of is not None:
         print(
-            f"rows     {report.samples:,} of {report.source_samples:,} samples; "
-            "nothing of the others" + (", but:" if report.mixed_rows else "")
+            f"rows     {report.samples:,} of {report.chosen_of:,} samples; nothing of "
+            "the others" + (", but:" if report.mixed_rows else "")
         )
     for path in report.mixed_rows:
         print(

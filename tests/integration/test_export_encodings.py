@@ -95,7 +95,9 @@ def test_it_is_the_bank_that_the_job_makes(tmp_path, precision, capsys):
     assert entry.provenance["exported_from"]["fingerprint"] == whole.fingerprint
     card = (part / "README.md").read_text()
     assert "A copy, with patch as compact, logits as topk:2, of" in card
-    assert f"- `{PATCH}` was encoded from what a bank held as lossless (no loss)" in card
+    assert (
+        f"- `{PATCH}` was encoded from what a bank held as lossless (no loss)" in card
+    )
     found = recheck(str(part), 10, job=load_job(str(job)))
     assert found.holds, found
     # The job of before is another one now; that of the new encoding has nothing to do.
