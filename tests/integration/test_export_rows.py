@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 
+import fsspec
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -263,6 +264,7 @@ def test_nothing_of_other_samples_is_in_the_part(tmp_path):
             found = export(str(bank), str(part), selection, keys=keys)
             assert found.mixed_rows == ([LAYER] if name == "moved" else [])
             check_sound(part)
+            assert all(not one.faults for one in open_record(str(part))[1].shards)
             parts[name].append(bank_identity(part))
             for path in part.rglob("*"):
                 if path.is_file():
@@ -326,3 +328,36 @@ def test_rows_of_a_compressed_shard_are_found_by_key(tmp_path):
     packed.write_bytes(data + b"\0" * (size - len(data)))
     with pytest.raises(ShardError, match="members differ"):
         list(BankDataset(str(part), reading, batch=1, seed=0, view=0))
+
+
+def test_two_parts_are_compared_by_key_however_many_rows_they_have(
+    full, tmp_path, capsys
+):
+    """As many samples of the same shard, in blocks as long: others all the same."""
+    parts = [tmp_path / name for name in ("first", "second")]
+    for part, rows in zip(parts, ((1, 3), (3, 5)), strict=True):
+        keys = KeyList([f"s0-{row:04d}" for row in rows], "list")
+        export(str(full.bank), str(part), Selection(outputs=("patch",)), keys=keys)
+    records = [open_record(str(part))[1] for part in parts]
+    assert records[0].block_rows == records[1].block_rows
+    assert main(["diff", *map(str, parts), "--full", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["samples"] == {"shards": 1, "both": 1, "only_a": 1, "only_b": 1}
+    (values,) = told["values"]
+    assert (values["vectors"], values["largest_error"]) == (2 * 16, 0)
+
+
+def test_through_a_store_that_is_no_disk(full, tmp_path):
+    url = f"memory://rows-{tmp_path.name}/bank"
+    export(str(full.bank), url, Selection(fraction=0.5))
+    check_sound(url)
+    back, direct = tmp_path / "back", tmp_path / "direct"
+    export(url, str(back), Selection(where=("label.class != 1",)))
+    check_sound(back)
+    both = Selection(fraction=0.5, where=("label.class != 1",))
+    export(str(full.bank), str(direct), both)
+    # The same samples, by whatever way; only their passes say which it was.
+    assert set(index_of(back)) == set(index_of(direct))
+    values = [values_by_key(one, PATCH, 1) for one in (back, direct)]
+    assert values[0] == values[1]
+    fsspec.filesystem("memory").rm(url.rpartition("/")[0], recursive=True)
