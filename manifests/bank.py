@@ -40,6 +40,11 @@ class ShardEntry(Strict):
     retired: bool = Field(
         False, description="its bytes changed; a later entry holds them"
     )
+    chosen_sha256: str | None = Field(
+        None,
+        description="digest of which of its samples an export chose: numbers in the "
+        "bank that they came from, as little-endian int64; None where all are here",
+    )
 
     @property
     def block_numbers(self) -> range:
@@ -221,6 +226,11 @@ class BankRecord(Strict):
     def num_rows(self) -> int:
         """Length of the sample axis, padding included."""
         return self.num_blocks * self.block_rows
+
+    @property
+    def has_chosen_rows(self) -> bool:
+        """Whether an export left samples of its shards behind."""
+        return any(one.selection.chooses_rows for one in self.exported_from)
 
     def pass_by_id(self, pass_id: str) -> PassEntry:
         """Returns one pass; KeyError where there is none of that id."""

@@ -11,7 +11,10 @@ from manifests.document import Strict
 
 
 class Selection(Strict):
-    """Which whole objects of a bank to copy; what is empty or None selects all.
+    """What of a bank to copy, and how; what is empty or None selects all, as it is.
+
+    Whole objects go by teacher, output, group, view and shard; rows by key, fraction
+    and condition, all that are given holding at once.
 
     Copies of inputs (``stored_inputs``) are the exception: none unless they are named.
     """
@@ -27,6 +30,27 @@ class Selection(Strict):
     inputs: tuple[str, ...] = Field(
         (), description="patterns of inputs whose stored copies go along; empty: none"
     )
+    num_keys: int | None = Field(None, description="length of the list of keys")
+    keys_sha256: str | None = Field(
+        None,
+        description="of the list of keys, which may name samples that are not chosen",
+    )
+    fraction: float | None = Field(
+        None, gt=0, le=1, description="share of the rows, by a hash of shard and key"
+    )
+    seed: int = Field(0, ge=0, description="of that hash")
+    where: tuple[str, ...] = Field(
+        (), description="conditions, such as `label.class in [3, 5]`"
+    )
+    encodings: dict[str, str] = Field(
+        default_factory=dict,
+        description="pattern of outputs to how they are stored anew",
+    )
+
+    @property
+    def chooses_rows(self) -> bool:
+        """Whether some samples of a shard may be left behind."""
+        return bool(self.keys_sha256 or self.where) or self.fraction is not None
 
 
 class ExportedFrom(Strict):
@@ -40,3 +64,6 @@ class ExportedFrom(Strict):
     shards: int = Field(description="shards it had, retired ones left out")
     outputs: tuple[str, ...] = Field(description="paths of the outputs it had")
     num_views: int = Field(description="views it had")
+    samples: int | None = Field(
+        None, description="samples it had, retired shards left out"
+    )

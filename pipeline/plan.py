@@ -206,6 +206,12 @@ def _check_samples(changes: ShardChanges) -> None:
 
 def _check_same_bank(job: Job, record: BankRecord, changes: ShardChanges) -> None:
     """Raises BankError where a bank was made by a job that this one contradicts."""
+    if record.has_chosen_rows:
+        raise BankError(
+            f"bank {job.bank} must hold every sample of its shards to be computed on, "
+            f"got rows that an export chose from {record.exported_from[-1].bank}; run "
+            "the job on a bank of its own, or export again to mend this one"
+        )
     now_at = {shard.record.url for shard in changes.new}
     is_rewritten = any(
         shard.name in changes.retired and shard.url in now_at for shard in record.shards

@@ -16,6 +16,7 @@ from manifests.errors import BankError, StorageError
 from manifests.storage import Store
 from pipeline.bank.blocks import read_block
 from pipeline.bank.commits import read_commit
+from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.finalise import NOT_COMPUTED, RETIRED
 from pipeline.bank.layout import level_path
 from pipeline.bank.open import Bank
@@ -77,11 +78,22 @@ class BankSide:
             for name in sorted({*then, *now})
             if then.get(name) != now.get(name)
         ]
+        if self.bank.record.has_chosen_rows:
+            why.append("rows were chosen from the batches that they were in")
+        if self._was_rounded(entry):
+            why.append("values were rounded before they were stored as they are")
         if commit.device != self._device:
             why.append(f"made on {commit.device or 'a device that it does not name'}")
         if why:
             self.differences.setdefault(entry.id, ", ".join(why))
         return not why
+
+    @staticmethod
+    def _was_rounded(entry: PassEntry) -> bool:
+        """Whether an export encoded anew what was not exact."""
+        decoded = entry.provenance.get("decoded_from", {}).values()
+        held = (encoding_from_json(data) for one in decoded for data in one)
+        return any(not encoding.is_exact for encoding in held)
 
     def stored(
         self, entry: PassEntry, output: StoredOutput, view: int, rows: Rows

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fnmatch
-import hashlib
+import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 
 from manifests.recipe import RowsConfig
-from manifests.storage import read_url
 from pipeline.bank.open import Bank
+from pipeline.bank.row_names import KeyList, lies_in, row_places
 from student_train.errors import TrainingError
 
 Bools = npt.NDArray[np.bool_]
@@ -46,10 +47,7 @@ def select_rows(bank: Bank, config: RowsConfig, where: str) -> Bools:
         rows = np.flatnonzero(chosen)
         places = _hashes(bank, rows)
         if config.share is not None:
-            low, high = (round(edge * 2**64) for edge in config.share)
-            inside = places >= np.uint64(low)
-            if high < 2**64:
-                inside &= places < np.uint64(high)
+            inside = lies_in(places, *config.share)
             rows, places = rows[inside], places[inside]
         if config.limit is not None:
             rows = rows[np.argsort(places, kind="stable")[: config.limit]]
@@ -70,32 +68,33 @@ def shard_names(bank: Bank, rows: npt.NDArray[np.int64]) -> list[str]:
 
 def _hashes(bank: Bank, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """Returns 64 bits per row that depend on its shard's name and its key alone."""
-    keys = bank.keys()
     found = np.empty(len(rows), np.uint64)
-    for place, (row, shard) in enumerate(
-        zip(rows, shard_names(bank, rows), strict=True)
-    ):
-        text = f"{shard}\0{keys[row]}".encode()
-        word = hashlib.blake2b(text, digest_size=8).digest()
-        found[place] = int.from_bytes(word, "little")
+    for shard, places, keys in _by_shard(bank, rows):
+        found[places] = row_places(shard, keys)
     return found
 
 
 def _by_keys(bank: Bank, path: str, where: str) -> Bools:
-    lines = {line.strip() for line in read_url(path).decode().splitlines()} - {""}
-    keys = bank.keys()
-    rows = np.flatnonzero(keys != "")
-    chosen = np.zeros(len(keys), np.bool_)
-    met: set[str] = set()
-    for row, shard in zip(rows.tolist(), shard_names(bank, rows), strict=True):
-        key = str(keys[row])
-        names = {key, f"{shard}\t{key}"} & lines
-        if names:
-            chosen[row] = True
-            met |= names
-    if absent := sorted(lines - met):
+    listed = KeyList.read(path)
+    rows = np.flatnonzero(bank.keys() != "")
+    chosen = np.zeros(bank.record.num_rows, np.bool_)
+    for shard, places, keys in _by_shard(bank, rows):
+        chosen[rows[places]] = listed.matches(shard, keys)
+    if absent := listed.unmet():
         raise TrainingError(
             f"{where}.keys must be keys of the bank, got {absent[0]!r} and "
             f"{len(absent) - 1} more that it does not have ({path})"
         )
     return chosen
+
+
+def _by_shard(
+    bank: Bank, rows: npt.NDArray[np.int64]
+) -> Iterator[tuple[str, slice, npt.NDArray[np.object_]]]:
+    """Yields (shard, where in ``rows``, keys) of ascending rows, shard by shard."""
+    keys = bank.keys()[rows]
+    names = np.asarray(shard_names(bank, rows), object)
+    borders = np.flatnonzero(names[1:] != names[:-1]) + 1
+    for start, end in itertools.pairwise([0, *borders.tolist(), len(rows)]):
+        if start < end:
+            yield str(names[start]), slice(start, end), keys[start:end]

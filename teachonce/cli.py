@@ -227,6 +227,37 @@ def _export_arguments(export: argparse.ArgumentParser) -> None:
         "are left out",
     )
     export.add_argument(
+        "--keys",
+        metavar="FILE",
+        help="only these samples: a line each, KEY or SHARD<tab>KEY",
+    )
+    export.add_argument(
+        "--fraction",
+        type=float,
+        metavar="F",
+        help="only this share of the samples, the same of every bank of the same data; "
+        "a smaller share is part of a larger one",
+    )
+    export.add_argument(
+        "--seed", type=int, metavar="N", help="of --fraction: other samples (default 0)"
+    )
+    export.add_argument(
+        "--where",
+        nargs="+",
+        default=[],
+        metavar="CONDITION",
+        help="only samples that meet it, such as 'label.class in [3, 5]' or "
+        "'shard == \"train-0.tar\"'; columns of index/, values as JSON",
+    )
+    export.add_argument(
+        "--encoding",
+        nargs="+",
+        default=[],
+        metavar="OUTPUT=PRESET",
+        help="store outputs otherwise, from the stored values: '*/patch=compact', "
+        "logits=topk:5",
+    )
+    export.add_argument(
         "--whole",
         action="store_true",
         help="refuse where a block is not computed yet; else what there is is copied",

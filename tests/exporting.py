@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pipeline.bank.record import open_record
@@ -21,3 +22,10 @@ def commits(bank: Path) -> dict[Path, tuple[bytes, int]]:
         path.relative_to(bank): (path.read_bytes(), path.stat().st_mtime_ns)
         for path in bank.glob("commits/*/*.json")
     }
+
+
+def key_file(folder: Path, lines: Iterable[str]) -> Path:
+    """Writes a list of keys, a line each."""
+    path = folder / "keys.txt"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path

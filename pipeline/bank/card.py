@@ -15,6 +15,7 @@ from typing import Any
 from manifests.bank import BankRecord, PassEntry
 from manifests.storage import Store
 from pipeline.bank import layout
+from pipeline.bank.card_origin import changed_outputs, origin
 from pipeline.bank.commits import BLOCKS_PATH
 from pipeline.bank.croissant import CROISSANT_PATH, croissant
 from pipeline.bank.licences import Licence, find_licence, strictest
@@ -104,7 +105,7 @@ def _summary(url: str, record: BankRecord) -> Iterator[str]:
         f"blocks of {record.block_rows} rows. {whole}"
     )
     yield ""
-    yield from _origin(record)
+    yield from origin(record)
     yield (
         "Outputs of frozen models (teachers), run once over a dataset and kept as "
         "plain Zarr v3, to train smaller models from."
@@ -307,6 +308,7 @@ def _arrays(record: BankRecord) -> Iterator[str]:
         "plain numbers; docs/format.md of TeachOnce decodes each in lines of NumPy."
     )
     yield ""
+    yield from changed_outputs(record)
 
 
 def _opening(url: str, record: BankRecord) -> Iterator[str]:
@@ -372,26 +374,3 @@ def _opening(url: str, record: BankRecord) -> Iterator[str]:
         yield from lines
         yield "```"
         yield ""
-
-
-def _origin(record: BankRecord) -> list[str]:
-    """Returns what the card says of the banks that this one was copied from."""
-    held = {path for path, _, _ in layout.outputs(record)}
-    num_shards = sum(not shard.retired for shard in record.shards)
-    lines = []
-    for origin in record.exported_from:
-        parts = []
-        left_out = [path for path in origin.outputs if path not in held]
-        if left_out:
-            parts.append(f"without {', '.join(left_out)}")
-        if num_shards < origin.shards:
-            parts.append(f"{num_shards:,} of its {origin.shards:,} shards")
-        if record.num_views < origin.num_views:
-            parts.append(f"{record.num_views} of its {origin.num_views} views")
-        what = f"**A part** ({'; '.join(parts)})" if parts else "A copy"
-        lines += [
-            f"{what} of {origin.bank}, exported {origin.exported} (sha256 of its "
-            f"bank.json: {origin.bank_sha256[:12]}).",
-            "",
-        ]
-    return lines

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -98,7 +100,8 @@ def copy_part(
     source: Store,
     destination: Store,
     stem: str,
-    shards: Sequence[ShardEntry],
+    shards: Sequence[tuple[ShardEntry, ShardEntry]],
+    chosen: Mapping[str, npt.NDArray[np.int64]] | None = None,
 ) -> None:
     """Copies what a part of a bank's index says of some shards, of no other.
 
@@ -106,7 +109,10 @@ def copy_part(
         source: the bank to copy from.
         destination: the one to copy to.
         stem: name of the part in the source, such as ``part-00000``.
-        shards: those to keep, in order, with the part that they are to lie in.
+        shards: those to keep, in order, each as the source and the destination have
+            it.
+        chosen: by shard, the rows to keep; of all others nothing is said, nor of what
+            got no row. None for all.
 
     Raises:
         BankError: the part does not agree with the shards.
@@ -115,7 +121,7 @@ def copy_part(
     path = f"dataset/{stem}.json"
     text = source.read(path)
     record = load_json(DatasetRecord, text, source.url_of(path))
-    target = f"dataset/{shards[0].part}"
+    target = f"dataset/{shards[0][1].part}"
     try:
         rows = dict(read_rows(data))
     except (pa.ArrowException, OSError) as error:
@@ -124,16 +130,23 @@ def copy_part(
             "from a copy"
         ) from error
     records = {one.name: one for one in record.shards}
-    for shard in shards:
+    for shard, _ in shards:
         if shard.name not in records or len(rows.get(shard.name, ())) != shard.samples:
             raise BankError(
                 f"{source.url_of(path)} and .parquet must hold the {shard.samples} "
                 f"rows of {shard.name}, got {len(rows.get(shard.name, ()))}; restore "
                 "them from a copy"
             )
-    if len(shards) == len(record.shards):
+    if chosen is None and len(shards) == len(record.shards):
         destination.replace(f"{target}.parquet", data)
         destination.replace(f"{target}.json", text)
         return
-    kept = [IndexedShard(records[one.name], rows.get(one.name, ())) for one in shards]
+    kept = []
+    for shard, _ in shards:
+        found, held = records[shard.name], rows.get(shard.name, ())
+        if chosen is not None:
+            held = tuple(held[row] for row in chosen[shard.name].tolist())
+            changes = {"samples": len(held), "damage": None, "faults": ()}
+            found = found.model_copy(update=changes)
+        kept.append(IndexedShard(found, held))
     write_index(destination, target, kept)

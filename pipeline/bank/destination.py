@@ -15,6 +15,8 @@ from manifests.storage import Store
 from pipeline.bank.lock import LOCK_PATH
 from pipeline.bank.record import UNFINISHED_PATH, parse_record, read_record
 
+_UNSAID = {"seed": 0, "encodings": "as stored", "inputs": "none"}
+
 
 def place_of(store: Store) -> str:
     """Returns a store's URL, absolute where it is a path."""
@@ -85,7 +87,7 @@ def _differences(held: BankRecord, planned: BankRecord) -> Iterator[str]:
         old, new = before.selection.model_dump(), now.selection.model_dump()
         for name in old:
             if old[name] != new[name]:
-                empty = "none" if name == "inputs" else "all"
+                empty = _UNSAID.get(name, "all")
                 yield f"{name}: {old[name] or empty} there, {new[name] or empty} now"
     if held.block_rows != planned.block_rows:
         yield "other blocks"

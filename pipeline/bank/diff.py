@@ -26,7 +26,9 @@ Side = Literal["A", "B"]
 
 # Kept with a pass for people and for the next run; not what made its values.
 _NOT_CONTENT = frozenset({"cost_per_row", "facts", "identity", "weights"})
-_SHARD_FIELDS = ("size_bytes", "headers_sha256", "samples", "faults", "damage")
+_SHARD_FIELDS = ("size_bytes", "headers_sha256")
+_CUT = frozenset({"block_rows", "chunk_rows"})
+_ROW_FIELDS = ("samples", "chosen_sha256")
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,30 @@ def common_shards(
             other is not None
             and not shard.retired
             and a.block_rows == b.block_rows
-            and all(getattr(shard, f) == getattr(other, f) for f in _SHARD_FIELDS[:3])
+            and all(
+                getattr(shard, field) == getattr(other, field)
+                for field in (*_SHARD_FIELDS, *_ROW_FIELDS)
+            )
+        ):
+            yield shard, other
+
+
+def shards_by_key(
+    a: BankRecord, b: BankRecord
+) -> Iterator[tuple[ShardEntry, ShardEntry]]:
+    """Yields the shards in use that both banks have, whose rows lie otherwise in each.
+
+    Rows of one of them were chosen, or blocks have other lengths.
+    """
+    alike = {shard.name for shard, _ in common_shards(a, b)}
+    theirs = {shard.name: shard for shard in b.shards if not shard.retired}
+    for shard in a.shards:
+        other = theirs.get(shard.name)
+        if (
+            other is not None
+            and not shard.retired
+            and shard.name not in alike
+            and all(getattr(shard, f) == getattr(other, f) for f in _SHARD_FIELDS)
         ):
             yield shard, other
 
@@ -209,16 +234,18 @@ def _dumped(models: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shards(a: BankRecord, b: BankRecord) -> Iterator[Difference]:
+    chosen = {s.name for s in (*a.shards, *b.shards) if s.chosen_sha256 is not None}
+
     def facts(record: BankRecord) -> dict[str, dict[str, Any]]:
-        return {
+        found = {}
+        for shard in record.shards:
+            names = [*_SHARD_FIELDS, "retired"]
+            if shard.name not in chosen:
+                # Of chosen rows it is said which ones both have, by their keys.
+                names += ["samples", "faults", "damage", "first_block"]
             # Named once: a retired shard's successor has a name of its own.
-            shard.name: {
-                **{name: getattr(shard, name) for name in _SHARD_FIELDS},
-                "first_block": shard.first_block,
-                "retired": shard.retired,
-            }
-            for shard in record.shards
-        }
+            found[shard.name] = {name: getattr(shard, name) for name in names}
+        return found
 
     yield from _named("shards", facts(a), facts(b))
 
@@ -272,8 +299,15 @@ def _arrays(a: BankRecord, b: BankRecord) -> Iterator[Difference]:
     """Yields arrays of one encoding that lie otherwise; other encodings say enough."""
     for path, mine, theirs in common_outputs(a, b):
         if mine.encoding == theirs.encoding:
+            # Other blocks have other chunks: `block_rows` of the banks says enough.
+            left_out = _CUT if a.block_rows != b.block_rows else frozenset()
             told = [
-                {one["path"]: _stored(one) for one in output.arrays}
+                {
+                    one["path"]: {
+                        k: v for k, v in _stored(one).items() if k not in left_out
+                    }
+                    for one in output.arrays
+                }
                 for output in (mine, theirs)
             ]
             yield from _fields("outputs", path, told[0], told[1], "arrays")

@@ -92,6 +92,11 @@ class Encoding(ABC):
 
     preset: ClassVar[str]
     suffixes: ClassVar[tuple[str, ...]] = ("",)
+    is_exact: ClassVar[bool] = False
+    """Whether its one array holds the very values that came in."""
+    mixes_rows: ClassVar[bool] = False
+    """Whether what is stored of a row depends on the rows it was encoded beside. What
+    is stored of a row alone decodes it in either case: rows can be moved."""
 
     def __post_init__(self) -> None:
         if self.kind not in AXES:

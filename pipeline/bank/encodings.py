@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -85,6 +85,8 @@ def encoding_from_json(data: Mapping[str, Any]) -> Encoding:
 @dataclass(frozen=True, kw_only=True)
 class Raw(Encoding):
     """The teacher's own bits, uncompressed: for banks in memory or page cache."""
+
+    is_exact: ClassVar[bool] = True
 
     def arrays(self, path: str, block_rows: int) -> tuple[ArraySpec, ...]:
         """Returns one array of the logical type; bfloat16 lies in uint16."""

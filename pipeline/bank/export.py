@@ -1,10 +1,11 @@
-"""Export: a part of a bank as a bank of its own, by copying whole objects.
+"""Export: a part of a bank as a bank of its own, without a teacher.
 
 Owns the order of things: the frame, the blocks, what finalise makes of them, and last
 of all ``bank.json``; until then ``export.json`` says what is being made, and no reader
-takes it for a bank. What a selection leaves is ``selection``, one block is
-``block_copy``. Holds the destination's lock throughout; the source is only read, and
-may grow meanwhile. Memory: an object per thread.
+takes it for a bank. What a selection leaves is ``selection``; a block is copied whole
+by ``block_copy``, or made of rows, or anew, by ``row_copy``. Holds the
+destination's lock throughout; the source is only read, and may grow meanwhile. Memory:
+an object per thread, or 1 GiB where blocks are made of rows.
 """
 
 from __future__ import annotations
@@ -12,9 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from manifests.bank import BankRecord
@@ -22,7 +21,7 @@ from manifests.errors import BankError, TeachOnceError
 from manifests.exported import ExportedFrom, Selection
 from manifests.storage import Store
 from pipeline.bank import layout
-from pipeline.bank.block_copy import BlockCopied, BlockTask, DamagedBlock, copy_block
+from pipeline.bank.block_copy import BlockCopied, DamagedBlock
 from pipeline.bank.commits import list_commits
 from pipeline.bank.destination import (
     check_apart,
@@ -32,6 +31,7 @@ from pipeline.bank.destination import (
     is_unfinished,
     place_of,
 )
+from pipeline.bank.export_tasks import Task, num_threads, run_tasks, tasks_of
 from pipeline.bank.finalise import finalise
 from pipeline.bank.frame_copy import copy_frame, copy_statistics, has_statistics_of
 from pipeline.bank.lock import bank_lock, break_lock
@@ -43,11 +43,13 @@ from pipeline.bank.record import (
     parse_record,
     write_record,
 )
-from pipeline.bank.selection import BankPart, select
+from pipeline.bank.room import check_room
+from pipeline.bank.row_choice import choose_rows, part_block_rows
+from pipeline.bank.row_filter import Condition, parse_condition
+from pipeline.bank.row_names import KeyList
+from pipeline.bank.selection import BankPart, Int64s, select, selected_shards
 from pipeline.bank.verify import list_objects
 from pipeline.errors import RunStopped
-
-_THREADS = 8
 
 
 @dataclass
@@ -61,7 +63,11 @@ class ExportReport:
         bytes: of them.
         held_objects: that were there already.
         seconds: that it took.
+        samples: that it has.
+        chosen_of: samples that the bank has, where some of them were chosen.
         missing_blocks: number of blocks per pass that neither bank has.
+        mixed_rows: outputs whose stored rows were encoded beside rows that are left
+            behind, whose mean and deviation they keep.
         damaged: one line per block of the source that is not what was committed. Where
             there are any, the part is not finished.
         left_out_inputs: inputs whose stored copies the source has and the part has not.
@@ -73,6 +79,9 @@ class ExportReport:
     bytes: int = 0
     held_objects: int = 0
     seconds: float = 0.0
+    samples: int = 0
+    chosen_of: int | None = None
+    mixed_rows: list[str] = field(default_factory=list)
     missing_blocks: dict[str, int] = field(default_factory=dict)
     damaged: list[str] = field(default_factory=list)
     left_out_inputs: list[str] = field(default_factory=list)
@@ -88,6 +97,7 @@ def export(
     destination_url: str,
     selection: Selection | None = None,
     *,
+    keys: KeyList | None = None,
     whole: bool = False,
     do_break_lock: bool = False,
     on_blocks: Callable[[int], object] = lambda count: None,
@@ -98,14 +108,17 @@ def export(
     Args:
         source_url: the bank, at any fsspec URL; it may still grow.
         destination_url: an empty place, or an earlier state of the same export.
-        selection: what to copy; None for all.
+        selection: what to copy; None for all. Its ``num_keys`` and ``keys_sha256`` are
+            those of ``keys``.
+        keys: the samples to copy; None for all.
         whole: refuse a bank that lacks a block of what is selected.
         do_break_lock: remove the destination's lock first.
         on_blocks: called once with the number of blocks to look at.
         on_block: called after each of them.
 
     Raises:
-        BankError: it cannot be exported to there; nothing was written.
+        BankError: it cannot be exported to there, or there is no room for it; nothing
+            was written.
         RunStopped: a store failed in the middle; the same call goes on.
     """
     started = time.monotonic()
@@ -114,20 +127,34 @@ def export(
     record = parse_record(source, text)
     destination = Store(destination_url)
     check_apart(source, destination)
-    selection = selection or Selection()
-    part = select(record, selection)
+    selection, conditions = _resolved(selection or Selection(), keys)
+    rows = None
+    if selection.chooses_rows:
+        shards = selected_shards(record, selection)
+        rows = choose_rows(source, record, shards, selection, keys, conditions)
+    part = select(record, selection, rows, _block_rows(destination, record, rows))
     origin = _origin(source, text, record, selection)
     planned = part.record.model_copy(
         update={"exported_from": (*record.exported_from, origin)}
     )
     committed = _committed(source, part.record)
     if whole:
-        _check_whole(source, part, committed)
+        _check_whole(source, part, committed, record.block_rows)
     _held(destination, planned)
+    check_room(source, record, destination, part)
     if do_break_lock:
         break_lock(destination)
-    report = ExportReport(destination.url)
-    report.left_out_inputs = _left_out_inputs(record, part.record)
+    report = ExportReport(
+        destination.url,
+        left_out_inputs=_left_out_inputs(record, part.record),
+        samples=sum(shard.samples for shard in part.record.shards),
+        chosen_of=origin.samples if rows is not None else None,
+        mixed_rows=[
+            f"{one.target.teacher}/{one.target.group}/{name}"
+            for one in part.passes
+            for name in one.target.provenance.get("mixed_rows", ())
+        ],
+    )
     with bank_lock(destination, "export"):
         held = _held(destination, planned)
         try:
@@ -142,6 +169,35 @@ def export(
         report.missing_blocks = run.missing_blocks()
     report.seconds = time.monotonic() - started
     return report
+
+
+def _resolved(
+    selection: Selection, keys: KeyList | None
+) -> tuple[Selection, list[Condition]]:
+    """Returns a selection as a record keeps it, and its conditions."""
+    conditions = [parse_condition(text) for text in selection.where]
+    facts = {
+        "num_keys": None if keys is None else len(keys.lines),
+        "keys_sha256": None if keys is None else keys.sha256,
+        "where": tuple(sorted(one.text for one in conditions)),
+    }
+    if keys is not None and not keys.lines:
+        raise BankError(f"keys must be given, a line each, got none ({keys.where})")
+    return selection.model_copy(update=facts), conditions
+
+
+def _block_rows(
+    destination: Store, record: BankRecord, rows: Mapping[str, Int64s] | None
+) -> int | None:
+    """Returns the rows of a block of a part of chosen rows: those that it has already,
+    if it was begun.
+    """
+    if rows is None:
+        return None
+    held = held_record(destination)
+    if held is not None and held.exported_from:
+        return held.block_rows
+    return part_block_rows(record, rows)
 
 
 def _committed(store: Store, record: BankRecord) -> dict[str, set[int]]:
@@ -169,13 +225,17 @@ def _origin(
         shards=sum(not shard.retired for shard in record.shards),
         outputs=tuple(path for path, _, _ in layout.outputs(record)),
         num_views=record.num_views,
+        samples=sum(one.samples for one in record.shards if not one.retired),
     )
 
 
 def _check_whole(
-    source: Store, part: BankPart, committed: Mapping[str, set[int]]
+    source: Store, part: BankPart, committed: Mapping[str, set[int]], source_rows: int
 ) -> None:
-    missing = {name: len(set(part.blocks) - found) for name, found in committed.items()}
+    wanted = {
+        piece.block for block in part.blocks(source_rows) for piece in block.pieces
+    }
+    missing = {name: len(wanted - found) for name, found in committed.items()}
     lacking = ", ".join(f"{n} of {name}" for name, n in missing.items() if n)
     if lacking:
         raise BankError(
@@ -216,21 +276,13 @@ class _Export:
             and not is_unfinished(destination)
         )
 
-    def tasks(self, committed: Mapping[str, set[int]]) -> list[BlockTask]:
-        """Returns the blocks that the source has."""
-        found = []
-        for one in self._part.passes:
-            there = list_commits(self._destination, one.target.id)
-            found += [
-                BlockTask(one, block, number, number in there)
-                for block, number in self._part.blocks.items()
-                if block in committed[one.source.id]
-            ]
-        return found
+    def tasks(self, committed: Mapping[str, set[int]]) -> list[Task]:
+        """Returns the blocks that the source has all rows of."""
+        return tasks_of(self._part, self._source_record, self._destination, committed)
 
     def copy(
         self,
-        tasks: Iterable[BlockTask],
+        tasks: Iterable[Task],
         report: ExportReport,
         on_block: Callable[[BlockCopied], object],
     ) -> None:
@@ -239,13 +291,8 @@ class _Export:
             self._write_frame()
         sizes = list_objects(self._destination, self._record)
 
-        def copy(task: BlockTask) -> BlockCopied | DamagedBlock:
-            try:
-                return copy_block(self._source, self._destination, task, sizes)
-            except DamagedBlock as error:
-                return error
-
-        for done in _in_parallel(copy, tasks):
+        threads = num_threads(self._part, self._source_record)
+        for done in run_tasks(self._source, self._destination, tasks, sizes, threads):
             if isinstance(done, DamagedBlock):
                 report.damaged.append(str(done))
                 continue
@@ -305,21 +352,3 @@ def _grown(held: BankRecord | None, planned: BankRecord) -> BankRecord:
         state = state.model_copy(update=update)
     requests = {**held.requests, **planned.requests}
     return planned.model_copy(update={"requests": requests, "state": state})
-
-
-def _in_parallel(
-    copy: Callable[[BlockTask], BlockCopied | DamagedBlock], tasks: Iterable[BlockTask]
-) -> Iterator[BlockCopied | DamagedBlock]:
-    """Yields what each task gave, in order; a few are under way at a time."""
-    pending: deque[Future[BlockCopied | DamagedBlock]] = deque()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        try:
-            for task in tasks:
-                pending.append(pool.submit(copy, task))
-                if len(pending) == 4 * _THREADS:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()

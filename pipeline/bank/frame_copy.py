@@ -38,12 +38,12 @@ def copy_frame(
     Raises:
         BankError: something of the source is missing or damaged.
     """
-    kept = {shard.name: shard for shard in part.record.shards}
+    pairs = list(zip(part.source_shards, part.record.shards, strict=True))
     for stem in part.dataset_parts:
-        names = [one.name for one in record.shards if one.part == stem]
-        shards = [kept[name] for name in names if name in kept]
-        copy_part(source, destination, stem, shards)
-    for path, _ in source.list("runs"):
+        shards = [pair for pair in pairs if pair[0].part == stem]
+        copy_part(source, destination, stem, shards, part.rows)
+    # A run tells of all samples, by name where one failed.
+    for path, _ in source.list("runs") if part.rows is None else ():
         if path.endswith(".json"):
             destination.replace(path, source.read(path))
     for array in classifier_arrays(part.record):

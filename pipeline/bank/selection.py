@@ -3,38 +3,63 @@
 A pure function of the record. Blocks of kept shards are numbered anew, without holes:
 the part is then the bank that the same job makes of those shards alone, its sample axis
 is no longer than it must be, and a shard that was left out can be added later under its
-own name, by which its random views are drawn. Passes that lose outputs or views are no
-longer what their fingerprint says and get one of their own.
+own name, by which its random views are drawn. Where rows are chosen, those of a shard
+move together into as few blocks as hold them; what is left of a pass is ``pass_parts``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from braceexpand import braceexpand
 
-from manifests.bank import BankRecord, OutputEntry, PassEntry, ShardEntry
+from manifests.bank import BankRecord, ShardEntry
 from manifests.errors import BankError
 from manifests.exported import Selection
-from manifests.loading import digest
 from manifests.suggestions import close_matches
 from pipeline.bank import layout
 from pipeline.bank.licences import check_copies
+from pipeline.bank.pass_parts import PassPart, RowChange, part_of_pass
+from pipeline.bank.row_choice import rows_digest
+
+Int64s = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class PassPart:
-    """A pass of the source and what it is in the part, under the same id."""
+class Piece:
+    """Rows of one block of the source that lie side by side in one of the part.
 
-    source: PassEntry
-    target: PassEntry
+    Attributes:
+        block: number of the block in the source.
+        rows: (n,) rows of it, ascending.
+        first: row of the part's block that the first of them becomes.
+    """
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether it keeps every output and view."""
-        return self.source == self.target
+    block: int
+    rows: Int64s
+    first: int
+
+
+@dataclass(frozen=True)
+class PartBlock:
+    """A block of the part and where its rows come from.
+
+    Attributes:
+        block: its number in the part.
+        shard: name of its shard.
+        num_rows: rows that are not padding.
+        pieces: where they come from, in order.
+    """
+
+    block: int
+    shard: str
+    num_rows: int
+    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -44,40 +69,90 @@ class BankPart:
     Attributes:
         record: of the part, without state.
         passes: what each of its passes was.
-        blocks: number of a block in the source to its number in the part, ascending.
+        source_shards: the source's entry of each of its shards, in order.
         dataset_parts: stem of an index part in the source to its stem in the part.
+        rows: by shard, which of its rows were chosen; None for all.
     """
 
     record: BankRecord
     passes: tuple[PassPart, ...]
-    blocks: Mapping[int, int]
+    source_shards: tuple[ShardEntry, ...]
     dataset_parts: Mapping[str, str]
+    rows: Mapping[str, Int64s] | None
 
     def keeps_rows_of(self, source: BankRecord) -> bool:
         """Whether every block of the source is in it, under its own number."""
-        return len(self.blocks) == source.num_blocks
+        return self.rows is None and self.record.num_blocks == source.num_blocks
+
+    def blocks(self, source_rows: int) -> Iterator[PartBlock]:
+        """Yields its blocks in order.
+
+        Args:
+            source_rows: rows of a block of the source.
+        """
+        size = self.record.block_rows
+        for shard, before in zip(self.record.shards, self.source_shards, strict=True):
+            chosen = None if self.rows is None else self.rows[shard.name]
+            for number, block in enumerate(shard.block_numbers):
+                first, last = number * size, min((number + 1) * size, shard.samples)
+                rows = np.arange(first, last) if chosen is None else chosen[first:last]
+                owners, starts = np.unique(rows // source_rows, return_index=True)
+                pieces = tuple(
+                    Piece(before.first_block + owner, piece - owner * source_rows, at)
+                    for owner, piece, at in zip(
+                        owners.tolist(),
+                        np.split(rows, starts[1:]),
+                        starts.tolist(),
+                        strict=True,
+                    )
+                )
+                yield PartBlock(block, shard.name, last - first, pieces)
 
 
-def select(record: BankRecord, selection: Selection) -> BankPart:
+def select(
+    record: BankRecord,
+    selection: Selection,
+    rows: Mapping[str, Int64s] | None = None,
+    block_rows: int | None = None,
+) -> BankPart:
     """Returns what a selection leaves of a bank; row facts stay whole.
 
     Retired shards are left out. Requests that the part answers as the bank did stay.
 
+    Args:
+        record: of the bank.
+        selection: what is copied.
+        rows: by shard, which of its rows are chosen, ascending; shards that are not in
+            it are left out. None for all rows.
+        block_rows: rows of a block of the part, where rows are chosen.
+
     Raises:
-        BankError: a pattern matches nothing, or no output is left.
+        BankError: a pattern matches nothing, no output is left, or one cannot be
+            encoded as asked.
     """
     kept = _kept_outputs(record, selection)
     num_views = _num_views(record, selection)
-    found = (_pass_part(entry, kept, num_views) for entry in record.passes)
+    size = block_rows or record.block_rows
+    change = None if rows is None else RowChange(selection, size)
+    presets = _presets(kept, selection)
+    found = (
+        part_of_pass(entry, kept, num_views, presets, change) for entry in record.passes
+    )
     passes = tuple(one for one in found if one is not None)
     has_outputs = any(entry.outputs for entry in record.passes)
     if has_outputs and not any(one.target.outputs for one in passes):
         raise BankError("selection must leave an output, got none; widen the patterns")
-    shards, blocks, parts = _kept_shards(record, selection)
+    before = [
+        shard
+        for shard in selected_shards(record, selection)
+        if rows is None or shard.name in rows
+    ]
+    shards, parts = _moved_shards(before, rows, size)
     whole = {one.target.id for one in passes if one.is_whole}
     part = record.model_copy(
         update={
             "num_views": num_views,
+            "block_rows": size,
             "shards": shards,
             "passes": tuple(one.target for one in passes),
             "requests": {
@@ -88,7 +163,18 @@ def select(record: BankRecord, selection: Selection) -> BankPart:
             "state": None,
         }
     )
-    return BankPart(part, passes, blocks, parts)
+    return BankPart(part, passes, tuple(before), parts, rows)
+
+
+def selected_shards(record: BankRecord, selection: Selection) -> list[ShardEntry]:
+    """Returns the shards in use that a selection names, in the bank's order.
+
+    Raises:
+        BankError: a pattern matches none.
+    """
+    live = [shard for shard in record.shards if not shard.retired]
+    names = _choose("shards", selection.shards, [shard.name for shard in live])
+    return [shard for shard in live if shard.name in names]
 
 
 def _check_each(
@@ -214,64 +300,47 @@ def _num_views(record: BankRecord, selection: Selection) -> int:
     return wanted
 
 
-def _pass_part(
-    entry: PassEntry, kept: Collection[str], num_views: int
-) -> PassPart | None:
-    """Returns what is left of a pass, None for nothing."""
-    if not entry.outputs:
-        return PassPart(entry, entry)
-    outputs = tuple(
-        output
-        for output in entry.outputs
-        if f"{layout.level_path(entry, output.size)}/{output.name}" in kept
-    )
-    last_view = min(entry.last_view, num_views - 1)
-    if not outputs or entry.first_view > last_view:
-        return None
-    if outputs == entry.outputs and last_view == entry.last_view:
-        return PassPart(entry, entry)
-    return PassPart(entry, _cut_pass(entry, outputs, last_view))
+def _presets(kept: Collection[str], selection: Selection) -> dict[str, str]:
+    """Returns how outputs are to be encoded anew, by path."""
+    found: dict[str, str] = {}
+    for pattern, preset in selection.encodings.items():
+        paths = {path for path in kept if _is_named(path, pattern)}
+        _check_each("encodings", [pattern], [pattern] if paths else [], sorted(kept))
+        if taken := sorted(paths & found.keys()):
+            raise BankError(
+                f"encodings must name an output once, got {taken[0]} by {pattern!r} "
+                "and by another pattern"
+            )
+        found |= dict.fromkeys(paths, preset)
+    return found
 
 
-def _cut_pass(
-    entry: PassEntry, outputs: tuple[OutputEntry, ...], last_view: int
-) -> PassEntry:
-    """Returns a pass with fewer outputs or views, which says what it was."""
-    held = entry.provenance.get("exported_from")
-    whole = held or {
-        "fingerprint": entry.fingerprint,
-        "outputs": [f"{output.size}/{output.name}" for output in entry.outputs],
-        "views": [entry.first_view, entry.last_view],
-    }
-    identity = {
-        "exported_from": whole["fingerprint"],
-        "outputs": [f"{output.size}/{output.name}" for output in outputs],
-        "views": [entry.first_view, last_view],
-    }
-    return entry.model_copy(
-        update={
-            "outputs": outputs,
-            "last_view": last_view,
-            "fingerprint": digest(identity),
-            "provenance": {**entry.provenance, "exported_from": whole},
-        }
-    )
+def _moved_shards(
+    kept: Sequence[ShardEntry], rows: Mapping[str, Int64s] | None, block_rows: int
+) -> tuple[tuple[ShardEntry, ...], dict[str, str]]:
+    """Returns kept shards at their new places, and where index parts go.
 
-
-def _kept_shards(
-    record: BankRecord, selection: Selection
-) -> tuple[tuple[ShardEntry, ...], dict[int, int], dict[str, str]]:
-    """Returns kept shards at their new places, and where blocks and parts go."""
-    live = [shard for shard in record.shards if not shard.retired]
-    names = _choose("shards", selection.shards, [shard.name for shard in live])
-    kept = [shard for shard in live if shard.name in names]
+    Of a shard of which rows are chosen nothing is said but of these: not what was
+    damaged, nor how much got no row.
+    """
     stems = dict.fromkeys(shard.part for shard in kept)
     parts = {stem: f"part-{number:05d}" for number, stem in enumerate(stems)}
     shards: list[ShardEntry] = []
-    blocks: dict[int, int] = {}
+    next_block = 0
     for shard in kept:
-        moved = {"first_block": len(blocks), "part": parts[shard.part]}
+        moved: dict[str, Any] = {
+            "first_block": next_block,
+            "part": parts[shard.part],
+        }
+        if rows is not None:
+            chosen = rows[shard.name]
+            moved |= {
+                "samples": len(chosen),
+                "blocks": -(-len(chosen) // block_rows),
+                "chosen_sha256": rows_digest(chosen),
+                "faults": 0,
+                "damage": None,
+            }
         shards.append(shard.model_copy(update=moved))
-        for block in shard.block_numbers:
-            blocks[block] = len(blocks)
-    return tuple(shards), blocks, parts
+        next_block += shards[-1].blocks
+    return tuple(shards), parts

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,8 @@ class ShardCopies:
         self._table: SampleTable = bank.sample_table
         self._lock = threading.Lock()
         self._checked: dict[str, threading.Lock | None] = {}
+        self._walks: dict[str, threading.Lock] = {}
+        self._found: dict[str, dict[str, int]] = {}
         self._keys = bank.keys()
 
     def shard_of(self, block: int) -> ShardEntry:
@@ -147,13 +149,38 @@ class ShardCopies:
         """
         shard, url = self._shard_of[block], self.url_of(block)
         if shard.sequential:
-            first_key = str(self._keys[shard.first_block * self._block_rows])
-            return _HeldRows(url, shard, first_key, rows, wanted)
+            start = shard.first_block * self._block_rows
+            keys = self._keys[start : start + shard.samples]
+            places = None
+            if shard.chosen_sha256 is not None:
+                places = self._places(url, shard)
+            return _HeldRows(url, shard, keys, places, rows, wanted)
         spans = self._table.spans(shard)
         if is_local(url):
             self._check_headers(shard, url)
             return _LocalRows(url, spans.offset, spans.size, wanted)
         return _FetchedRows(url, spans.offset, spans.size, rows, wanted)
+
+    def _places(self, url: str, shard: ShardEntry) -> dict[str, int]:
+        """Returns where in its shard each key lies, of a shard whose rows were chosen.
+
+        Its headers are walked and compared once.
+        """
+        with self._lock:
+            guard = self._walks.setdefault(url, threading.Lock())
+        with guard:
+            if url not in self._found:
+                found = index_shard(url)
+                self._compare(found.headers_sha256, shard, url)
+                self._found[url] = {row.key: n for n, row in enumerate(found.rows)}
+            return self._found[url]
+
+    def _compare(self, headers_sha256: str, shard: ShardEntry, url: str) -> None:
+        if headers_sha256 != shard.headers_sha256:
+            raise ShardError(
+                f"{self._field}: {url} must be the bank's {shard.name}, but its "
+                "members differ; give the shards that the bank was made from"
+            )
 
     def _check_headers(self, shard: ShardEntry, url: str) -> None:
         """Compares a local copy's headers with the bank's, once."""
@@ -164,11 +191,7 @@ class ShardCopies:
         with guard:
             if self._checked[url] is None:
                 return
-            if index_shard(url).headers_sha256 != shard.headers_sha256:
-                raise ShardError(
-                    f"{self._field}: {url} must be the bank's {shard.name}, but its "
-                    "members differ; give the shards that the bank was made from"
-                )
+            self._compare(index_shard(url).headers_sha256, shard, url)
             self._checked[url] = None
 
 
@@ -267,16 +290,32 @@ class _HeldRows:
         self,
         url: str,
         shard: ShardEntry,
-        first_key: str,
+        keys: npt.NDArray[Any],
+        places: Mapping[str, int] | None,
         rows: Int64s,
         wanted: frozenset[str],
     ) -> None:
-        span = RowSpan(0, shard.samples, 0, shard.size_bytes, first_key)
-        chosen = set(rows.tolist())
+        """Reads them.
+
+        Args:
+            url: of the copy.
+            shard: the bank's entry.
+            keys: of its rows in the bank.
+            places: where each key lies in the shard; None where its rows are all of it.
+            rows: that will be asked for.
+            wanted: extensions to read.
+        """
+        place_of = {row: row for row in rows.tolist()}
+        count, first_key = shard.samples, str(keys[0])
+        if places is not None:
+            place_of = {row: places[str(keys[row])] for row in rows.tolist()}
+            count, first_key = len(places), next(iter(places))
+        span = RowSpan(0, count, 0, shard.size_bytes, first_key)
+        rows_at = {place: row for row, place in place_of.items()}
         self._samples = {
-            row: sample
-            for row, sample in read_samples(url, span, wanted, sequential=True)
-            if row in chosen
+            rows_at[place]: sample
+            for place, sample in read_samples(url, span, wanted, sequential=True)
+            if place in rows_at
         }
 
     def read(self, row: int) -> Sample:

@@ -59,6 +59,7 @@ class Standardised(Encoding):
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ("", "_scale", "_mean", "_std")
+    mixes_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

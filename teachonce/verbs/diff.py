@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.bank.diff import Diff, Difference, ObjectPair, diff, read_contents
+from pipeline.bank.diff_rows import SampleCounts, row_differences, shared_rows
 from pipeline.bank.diff_values import (
     BytesRead,
     ValueDifference,
@@ -27,19 +28,23 @@ def run(args: argparse.Namespace) -> int:
     contents = [read_contents(*one) for one in zip(stores, records, strict=True)]
     found = diff(*contents)
     read, values = None, []
+    banks = list(zip(stores, contents, strict=True))
+    shared = shared_rows(*banks)
+    samples = SampleCounts.of(shared)
     if args.full:
-        banks = list(zip(stores, contents, strict=True))
         read = read_bytes(found, *banks)
         values = list(value_differences(found, read, *banks))
-    is_same = found.is_same and (read is None or read.is_same)
+        values += row_differences(shared, *banks)
+    is_same = found.is_same and (read is None or read.is_same) and not shared
     if args.json:
         text.print_json(
             {"a": stores[0].url, "b": stores[1].url, "full": args.full, "same": is_same}
             | _facts(found, read, values)
+            | {"samples": samples.to_json()}
         )
     else:
         print(f"A        {stores[0].url}\nB        {stores[1].url}")
-        for line in _lines(found, read, values):
+        for line in (*_sample_lines(samples), *_lines(found, read, values)):
             print(line)
         how = "every byte read" if args.full else "as committed; --full reads the bytes"
         print(
@@ -47,6 +52,15 @@ def run(args: argparse.Namespace) -> int:
             f"objects that both have were compared ({how})"
         )
     return 0 if is_same else 1
+
+
+def _sample_lines(samples: SampleCounts) -> Iterator[str]:
+    if samples.shards:
+        yield (
+            f"samples  {samples.both:,} in both, by key; {samples.only_a:,} only in A, "
+            f"{samples.only_b:,} only in B ({samples.shards:,} shards whose rows lie "
+            "otherwise in each)"
+        )
 
 
 def _different(found: Diff, read: BytesRead | None) -> tuple[ObjectPair, ...]:

@@ -11,11 +11,18 @@ from manifests.errors import TeachOnceError
 from manifests.exported import Selection
 from pipeline.bank.block_copy import BlockCopied
 from pipeline.bank.export import ExportReport, export
+from pipeline.bank.row_names import KeyList
 from teachonce.verbs import text
 
 
 def run(args: argparse.Namespace) -> int:
     """Exports; exit 1 where blocks are missing or damaged, with a line for each."""
+    if args.fraction is not None and not 0 < args.fraction <= 1:
+        raise TeachOnceError(f"--fraction must be in (0, 1], got {args.fraction}")
+    if args.seed is not None and (args.fraction is None or args.seed < 0):
+        raise TeachOnceError(
+            f"--seed must be a number from 0 on, beside --fraction, got {args.seed}"
+        )
     selection = Selection(
         teachers=tuple(args.teachers or ()),
         outputs=tuple(args.outputs or ()),
@@ -24,7 +31,12 @@ def run(args: argparse.Namespace) -> int:
         shards=tuple(args.shards or ()),
         # The option alone means all of them.
         inputs=() if args.inputs is None else tuple(args.inputs or ("*",)),
+        fraction=args.fraction,
+        seed=args.seed or 0,
+        where=tuple(args.where),
+        encodings=encodings(args.encoding),
     )
+    keys = None if args.keys is None else KeyList.read(args.keys)
     with tqdm(
         unit="block", desc="export", disable=True if args.quiet else None, delay=1
     ) as bar:
@@ -44,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
             args.bank,
             args.dest,
             selection,
+            keys=keys,
             whole=args.whole,
             do_break_lock=args.break_lock,
             on_blocks=total,
@@ -79,6 +92,24 @@ def count_views(given: list[str]) -> int:
     return len(numbers)
 
 
+def encodings(given: list[str]) -> dict[str, str]:
+    """Returns pattern to preset of ``OUTPUT=PRESET`` each.
+
+    Raises:
+        TeachOnceError: one is not of that form, or a pattern is given twice.
+    """
+    found: dict[str, str] = {}
+    for one in given:
+        pattern, _, preset = one.rpartition("=")
+        if not pattern or not preset or pattern in found:
+            raise TeachOnceError(
+                "--encoding must be OUTPUT=PRESET, each output once, such as "
+                f"'*/patch=compact', got {one!r}"
+            )
+        found[pattern] = preset
+    return found
+
+
 def print_report(report: ExportReport) -> None:
     """Prints what an export did, for people."""
     print(
@@ -90,6 +121,16 @@ def print_report(report: ExportReport) -> None:
         print(
             f"left out copies of inputs ({', '.join(report.left_out_inputs)}); "
             "--inputs takes them along"
+        )
+    if report.chosen_of is not None:
+        print(
+            f"rows     {report.samples:,} of {report.chosen_of:,} samples; nothing of "
+            "the others" + (", but:" if report.mixed_rows else "")
+        )
+    for path in report.mixed_rows:
+        print(
+            f"mixed    {path}: stored by the mean and deviation of chunks that held "
+            f"others too; --encoding {path}=PRESET takes them anew, with a loss"
         )
     for problem in report.damaged:
         print(f"damaged  {problem}")

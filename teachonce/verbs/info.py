@@ -38,7 +38,12 @@ def print_facts(facts: dict[str, Any]) -> None:
         f"{facts['views']} view(s)"
     )
     for one in facts["exported_from"][-1:]:
-        print(f"from     {one['bank']}, exported {one['exported']}")
+        chosen = one["samples"] and any(
+            one["selection"][name] for name in ("keys_sha256", "fraction", "where")
+        )
+        part = f", {facts['samples']:,} of its {one['samples']:,} samples"
+        when = one["exported"] + (part if chosen else "")
+        print(f"from     {one['bank']}, exported {when}")
     print(f"licence  data: {facts['dataset_license'] or 'not stated'}")
     passes = [
         (

@@ -227,3 +227,36 @@ def test_values_of_another_type_or_shape_are_refused(encoding, values):
         encoding.encode(values[..., :-1], ALL)
     with pytest.raises(BankError, match="usable of out must be"):
         encoding.encode(values, ALL[:-1])
+
+
+def test_rows_can_be_moved(encoding, values):
+    """What is stored of a row decodes it, wherever and beside what it lies."""
+    order = np.array([5, 2, 7, 0])
+    stored = encoding.encode(values, np.arange(8) != 2).arrays
+    moved = {suffix: array[order] for suffix, array in stored.items()}
+    np.testing.assert_array_equal(
+        encoding.decode(moved), encoding.decode(stored)[order]
+    )
+
+
+def test_it_says_whether_other_rows_leave_traces(encoding, values):
+    others = values.copy()
+    others[4:] = values[:4][::-1]
+    first, second = (
+        {
+            suffix: array[:4]
+            for suffix, array in encoding.encode(one, ALL).arrays.items()
+        }
+        for one in (values, others)
+    )
+    is_alone = all(
+        first[suffix].tobytes() == second[suffix].tobytes() for suffix in first
+    )
+    assert is_alone != encoding.mixes_rows
+
+
+def test_what_is_exact_is_stored_as_it_came(encoding, values):
+    arrays = encoding.encode(values, ALL).arrays
+    is_same = list(arrays) == [""] and arrays[""].tobytes() == values.tobytes()
+    # Half of float16 is, too, by chance.
+    assert is_same or not encoding.is_exact

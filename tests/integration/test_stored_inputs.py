@@ -222,6 +222,31 @@ def test_export_leaves_copies_out_unless_they_are_named(stored, tmp_path):
         export(bank, str(tmp_path / "none"), Selection(teachers=("stored_inputs",)))
 
 
+def test_rows_take_their_own_copies_along_as_they_are(stored, tmp_path):
+    bank = open_bank(str(stored.parent / "bank"))
+    chosen = Selection(inputs=("*",), where=("label.class in [1, 3]",))
+    part = open_bank(export(bank.url, str(tmp_path / "part"), chosen).bank)
+    assert verify(*open_record(part.url), full=True).is_sound
+
+    def copies(one):
+        found = {}
+        size = one.record.block_rows
+        for block in one.record.live_blocks:
+            keys = one.keys()[block * size : (block + 1) * size]
+            found |= dict(zip(keys, one.stored_images("image", block), strict=True))
+        return {key: jpeg for key, jpeg in found.items() if key and jpeg}
+
+    numbers = {key: number % 5 for number, key in enumerate(MAKERS)}
+    theirs = copies(bank)
+    expected = {key: theirs[key] for key in theirs if numbers[key] in (1, 3)}
+    assert len(expected) == 4
+    assert copies(part) == expected
+    for pattern in ("stored_inputs/jpeg", "stored_inputs/jpeg_quality"):
+        otherwise = Selection(inputs=("*",), encodings={pattern: "half"})
+        with pytest.raises(BankError, match=r"jpeg"):
+            export(bank.url, str(tmp_path / "none"), otherwise)
+
+
 def test_copies_are_not_exported_once_the_licence_forbids_it(copied, tmp_path):
     path = copied.parent / "bank" / "bank.json"
     record = BankRecord.model_validate_json(path.read_bytes())

@@ -123,7 +123,11 @@ def test_nothing_named_keeps_all():
     part = select(whole, Selection())
     assert part.record == whole
     assert all(one.is_whole for one in part.passes)
-    assert part.blocks == {block: block for block in range(5)}
+    moved = {
+        block.block: [piece.block for piece in block.pieces]
+        for block in part.blocks(record().block_rows)
+    }
+    assert moved == {block: [block] for block in range(5)}
     assert part.keeps_rows_of(whole)
 
 
@@ -202,11 +206,13 @@ def test_blocks_of_kept_shards_lie_without_holes_in_their_order(drawn):
     kept = [one for one in whole.shards if not one.retired]
     kept = [one for one in kept if not wanted or one.name in wanted]
     assert [one.name for one in part.record.shards] == [one.name for one in kept]
-    assert list(part.blocks.values()) == list(range(part.record.num_blocks))
-    old = [block for one in kept for block in one.block_numbers]
-    assert list(part.blocks) == old
+    blocks = list(part.blocks(whole.block_rows))
+    assert [one.block for one in blocks] == list(range(part.record.num_blocks))
     new = [block for one in part.record.shards for block in one.block_numbers]
-    assert list(part.blocks.values()) == new
+    assert [one.block for one in blocks] == new
+    old = [block for one in kept for block in one.block_numbers]
+    assert [piece.block for one in blocks for piece in one.pieces] == old
+    assert all(piece.rows.tolist() == [*range(8)] for b in blocks for piece in b.pieces)
     # New shards lie in part number len(parts): none of the kept may be called so.
     parts = {one.part for one in part.record.shards}
     assert parts == {f"part-{number:05d}" for number in range(len(parts))}
