@@ -188,7 +188,7 @@ def prepare(
     )
 
 
-def _rows_lookup(
+def rows_lookup(
     store: Store, plan: Plan
 ) -> Callable[[ShardEntry], Sequence[ShardRow]]:
     """Returns rows of a shard: from the plan where they are new, else from the bank."""
@@ -286,7 +286,7 @@ def precompute(
     }
     items = work_items(
         plan,
-        _rows_lookup(store, plan),
+        rows_lookup(store, plan),
         item_blocks(plan, job.engine.device, num_threads(job.engine)),
     )
     start_run(store, run_id, settings, items)
