@@ -109,7 +109,10 @@ class Prices(Strict):
             )
         if machine.hourly is not None:
             return machine.hourly
-        assert self.hourly and machine.vcpus and machine.memory_gb is not None
+        # The validators saw to it.
+        assert self.hourly is not None
+        assert machine.vcpus is not None
+        assert machine.memory_gb is not None
         return (
             machine.vcpus * self.hourly.vcpu
             + machine.memory_gb * self.hourly.memory_gb

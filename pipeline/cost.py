@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from manifests.errors import ManifestError
-from manifests.prices import GB, StoragePrices
+from manifests.prices import GB, Prices, StoragePrices
 from pipeline.errors import PipelineError
 
 VIEWS = (1, 2, 4, 8)
@@ -244,13 +244,59 @@ def student_bandwidth(bytes_per_sample: float, samples_per_second: float) -> flo
     return bytes_per_sample * samples_per_second
 
 
-def check_price(max_usd: float, price: Price, machine: str) -> None:
-    """Raises PipelineError where making a bank may cost more than the job allows."""
-    if price.making > max_usd:
-        raise PipelineError(
-            f"limits.max_usd is {max_usd:,.2f}, the job may cost {price.making:,.2f} on "
-            f"{machine} ({price.machines:,.2f} of machines at {price.per_hour:.3f} an "
-            f"hour, {price.writes:,.2f} of writing objects); raise it, take a faster "
-            "machine (--speedup X), pool grids or drop teachers or views"
-        )
+@dataclass(frozen=True)
+class Terms:
+    """What a job is priced by.
 
+    Attributes:
+        assumed: what only the user knows.
+        prices: the list.
+
+    Raises:
+        ManifestError: the list has no such machine.
+    """
+
+    assumed: Assumed
+    prices: Prices
+
+    def __post_init__(self) -> None:
+        _ = self.per_hour
+
+    @property
+    def per_hour(self) -> float | None:
+        """Dollars of one machine; None where none is named."""
+        machine = self.assumed.machine
+        return None if machine is None else self.prices.per_hour(machine)
+
+    def price(self, amounts: Amounts) -> Price | None:
+        """Returns what a job costs, None where no machine is named."""
+        if self.per_hour is None:
+            return None
+        return price_of(amounts, self.assumed, self.per_hour, self.prices.storage)
+
+    def break_evens(self, amounts: Amounts) -> list[BreakEven]:
+        """Returns when banks of 1, 2, 4 and 8 views have paid for themselves."""
+        return break_evens(amounts, self.assumed, self.per_hour, self.prices.storage)
+
+    def check(self, max_usd: float, amounts: Amounts) -> None:
+        """Raises where making a bank may cost more than ``max_usd``.
+
+        Raises:
+            PipelineError: it may.
+            ManifestError: no machine is named, so that nobody can say.
+        """
+        price, machine = self.price(amounts), self.assumed.machine
+        if price is None:
+            raise ManifestError(
+                f"limits.max_usd is {max_usd:,g} and cannot be judged without the "
+                "type of machine that will run the job; add --machine NAME, one of "
+                f"{', '.join(self.prices.machines)}"
+            )
+        if price.making > max_usd:
+            raise PipelineError(
+                f"limits.max_usd is {max_usd:,g}, the job may cost "
+                f"{price.making:,.3g} on {machine} ({price.machines:,.3g} of machines "
+                f"at {price.per_hour:.3f} an hour, {price.writes:,.3g} of writing); "
+                "raise it, say how much faster that machine is (--speedup X), pool "
+                "grids, or drop teachers or views"
+            )

@@ -93,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     precompute.add_argument(
         "--machine",
         metavar="NAME",
-        help="type of the machines that will run it; needed by, and only by, a job with "
-        "limits.max_usd: its price is judged on samples before anything is written",
+        help="type of the machines that will run it; for a job with limits.max_usd, "
+        "whose price is judged on samples before anything is written",
     )
     _price_arguments(precompute)
     precompute.add_argument("--quiet", action="store_true", help="no progress bar")

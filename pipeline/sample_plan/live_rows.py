@@ -6,17 +6,19 @@ lanes, in full batches. Rates are of this machine as it is just now.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from manifests.bank import ShardEntry
+from manifests.bank import PassEntry, ShardEntry
 from pipeline.bank.record import view_policy_of
 from pipeline.bank.rows import RowFacts
 from pipeline.decoding import SampleSchema, decode_sample
@@ -61,10 +63,27 @@ class Rates:
 
 
 def measured_views(live: LivePass) -> LivePass:
-    """Returns a pass with its first two views: the second stands for all random ones."""
+    """Returns a pass with its first two views: the second stands for all others."""
     entry = live.entry
     last = min(entry.last_view, entry.first_view + 1)
     return replace(live, entry=entry.model_copy(update={"last_view": last}))
+
+
+def passes_to_measure(plan: Plan) -> list[PassEntry]:
+    """Returns the passes that lack a block, or all of the job where none does."""
+    return [plan.record.pass_by_id(name) for name in plan.passes_to_do or plan.wanted]
+
+
+def most_rows(plan: Plan) -> int:
+    """Returns the samples whose inputs, and one pass's outputs, fit the memory."""
+    passes = passes_to_measure(plan)
+    inputs = sum(min(2, len(one.views)) * one.input_bytes for one in passes)
+    outputs = max(
+        min(2, len(one.views))
+        * sum(4 * math.prod(output.shape) for output in one.outputs)
+        for one in passes
+    )
+    return plan.job.engine.memory // max(1, inputs + outputs)
 
 
 class LiveRows:
@@ -74,7 +93,7 @@ class LiveRows:
         """Loads the teachers, reads and prepares the rows.
 
         Args:
-            plan: whose teachers are run: those that lack a block, or all of the job.
+            plan: whose teachers are run, see `passes_to_measure`.
             count: samples wanted.
             rows_of: the index rows of a shard.
 
@@ -84,7 +103,7 @@ class LiveRows:
         """
         record, config = plan.record, plan.job.engine
         self._record = record
-        names = plan.passes_to_do or plan.wanted
+        names = [entry.id for entry in passes_to_measure(plan)]
         self.device = pick_device(config.device)
         self.device_kind = device_kind(self.device)
         if self.device == "cpu":
@@ -94,31 +113,19 @@ class LiveRows:
         self._shards = [s for s in record.shards if not s.retired and s.samples]
         runs = choose_runs([shard.samples for shard in self._shards], count)
         self.num_rows = sum(run.num_rows for run in runs)
-        self._check_memory(plan, names)
+        most = most_rows(plan)
+        if self.num_rows > most:
+            raise PipelineError(
+                f"--sample must be at most {most} for this job, so that inputs and "
+                f"outputs fit engine.memory, got {self.num_rows}; take fewer, or raise "
+                "engine.memory"
+            )
         loaded = load_passes(record, names, self.device).values()
         self.passes = [measured_views(live) for live in loaded if live.teacher]
         self.facts = [RowFacts() for _ in range(self.num_rows)]
         self.rates = Rates()
         self._prepared = PreparedRows(self.passes, self.num_rows)
         self._read(plan, runs, rows_of)
-
-    def _check_memory(self, plan: Plan, names: Sequence[str]) -> None:
-        """Raises PipelineError where inputs and a pass's outputs are too many bytes."""
-        passes = [self._record.pass_by_id(name) for name in names]
-        inputs = sum(min(2, len(one.views)) * one.input_bytes for one in passes)
-        outputs = max(
-            min(2, len(one.views))
-            * sum(4 * int(np.prod(output.shape)) for output in one.outputs)
-            for one in passes
-        )
-        budget = plan.job.engine.memory
-        if self.num_rows * (inputs + outputs) > budget:
-            most = budget // (inputs + outputs)
-            raise PipelineError(
-                f"--sample must be at most {most} for this job, so that their inputs "
-                f"and outputs fit engine.memory, got {self.num_rows}; take fewer, or "
-                "raise engine.memory"
-            )
 
     @property
     def invalid(self) -> dict[str, int]:
@@ -183,7 +190,7 @@ class LiveRows:
                 yield shard, sample, row.refused
 
     def outputs(
-        self, live: LivePass, bar: tqdm[object]
+        self, live: LivePass, bar: tqdm[NoReturn]
     ) -> Mapping[OutputView, np.ndarray]:
         """Returns what a teacher says, (rows, *shape) by output and view; times it.
 

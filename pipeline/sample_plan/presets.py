@@ -1,6 +1,6 @@
 """One output in every encoding that fits it: bytes, quality and speed on a sample.
 
-Quality is judged where a loss sees it: values standardised by the sample's own channels.
+Quality is judged where a loss sees it: values standardised by the sample's channels.
 Bytes are those of real chunks (``object_bytes``). Speed is of one thread.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +23,7 @@ from pipeline.bank.encoding import ENCODINGS, Encoding, to_float32
 from pipeline.bank.encodings import make_encoding
 from pipeline.bank.objects import decode_object, encode_object, object_crc32c
 from pipeline.bank.statistics import Moments, dead_channels, floored_std
+from pipeline.bank.topk import TopK
 from pipeline.sample_plan.object_bytes import GROUPS, ChunkModel, chunk_sizes
 
 Bools = npt.NDArray[np.bool_]
@@ -93,7 +94,9 @@ class Values:
         values = cls(array, usable, cells, moments)
         if encoding.kind != "index":
             for rows in values.pieces():
-                moments.update(values.kept(to_float32(array[rows], encoding.dtype), rows))
+                moments.update(
+                    values.kept(to_float32(array[rows], encoding.dtype), rows)
+                )
         return values
 
     def pieces(self) -> Iterator[slice]:
@@ -124,10 +127,14 @@ class Loss:
     Attributes:
         one_minus_cosine: mean over cells, both sides standardised.
         worst_channel: largest mean squared error of a live channel over its variance.
+        divergence: of top-k logits, whose tail is an approximation: mean
+            Kullback-Leibler divergence of what is decoded from the teacher's
+            probabilities, nats, at the first temperature.
     """
 
     one_minus_cosine: float
     worst_channel: float
+    divergence: float | None = None
 
 
 class LossSums:
@@ -137,7 +144,8 @@ class LossSums:
         """Starts with none."""
         self._mean, self._variance = moments.mean, moments.variance
         self._std = floored_std(self._variance)
-        self._apart, self._count = 0.0, 0
+        self._apart = 0.0
+        self.count = 0
         self._squares = np.zeros(len(self._std))
 
     def add(self, exact_NC: np.ndarray, found_NC: np.ndarray) -> None:
@@ -154,16 +162,19 @@ class LossSums:
         apart = exact / safe[0] - found / safe[1]
         halves = np.einsum("nc,nc->n", apart, apart) / 2
         self._apart += float(np.where(is_long, halves, 1.0)[both].sum())
-        self._count += len(exact)
+        self.count += len(exact)
 
     def loss(self) -> Loss:
         """Returns what was lost, of all that was added."""
         live = np.delete(
-            self._squares / self._count * self._std**2 / np.maximum(self._variance, 1e-300),
+            self._squares
+            / self.count
+            * self._std**2
+            / np.maximum(self._variance, 1e-300),
             dead_channels(self._variance),
         )
         worst = float(live.max()) if live.size else 0.0
-        return Loss(self._apart / self._count, worst)
+        return Loss(self._apart / self.count, worst)
 
 
 @dataclass(frozen=True)
@@ -246,12 +257,16 @@ def measure(encoding: Encoding, values: Values, block_rows: int) -> Figures:
     )
     refused = np.zeros(len(values.array), np.bool_)
     refused[list(encoded.refused)] = True
-    stored = Values(values.array, values.usable & ~refused, values.cells, values.moments)
-    sums, decode = LossSums(values.moments), 0.0
+    stored = Values(
+        values.array, values.usable & ~refused, values.cells, values.moments
+    )
+    sums, decode, divergence = LossSums(values.moments), 0.0, 0.0
     sizes: list[list[int]] = [[] for _ in specs]
     for rows, arrays in blocks(values):
         decoded: dict[str, np.ndarray] = {}
-        for own, spec, (suffix, array) in zip(sizes, specs, arrays.items(), strict=True):
+        for own, spec, (suffix, array) in zip(
+            sizes, specs, arrays.items(), strict=True
+        ):
             used = rows.stop - rows.start
             seconds, parts = _timed(lambda: _to_parts(array, spec, used))  # noqa: B023
             encode += seconds
@@ -264,15 +279,19 @@ def measure(encoding: Encoding, values: Values, block_rows: int) -> Figures:
         seconds, found = _timed(lambda: encoding.decode(decoded))  # noqa: B023
         decode += seconds
         if encoding.kind != "index":
-            _add_loss(sums, stored.part(rows), found, encoding)
+            divergence += _add_loss(sums, stored.part(rows), found, encoding)
     count = len(values.array)
     models, spread = _models(blocks, specs, sizes, values)
-    has_loss = encoding.kind != "index" and stored.usable.any()
+    loss = None
+    if encoding.kind != "index" and stored.usable.any():
+        loss = sums.loss()
+        if isinstance(encoding, TopK):
+            loss = replace(loss, divergence=divergence / sums.count)
     return Figures(
         models=models,
         spread=spread,
         refused=int(refused.sum()),
-        loss=sums.loss() if has_loss else None,
+        loss=loss,
         encode=encode / count,
         decode=decode / count,
     )
@@ -309,10 +328,34 @@ def _models(
 
 def _add_loss(
     sums: LossSums, stored: Values, found: np.ndarray, encoding: Encoding
-) -> None:
+) -> float:
+    """Adds a block's cells; returns the sum of divergences of top-k logits, else 0."""
+    total = 0.0
     for rows in stored.pieces():
         exact = to_float32(stored.array[rows], encoding.dtype)
-        sums.add(stored.kept(exact, rows), stored.kept(found[rows], rows))
+        cells = stored.kept(exact, rows), stored.kept(found[rows], rows)
+        sums.add(*cells)
+        if isinstance(encoding, TopK):
+            total += divergence_of(*cells, encoding.temperatures[0])
+    return total
+
+
+def divergence_of(
+    exact_NC: np.ndarray, found_NC: np.ndarray, temperature: float
+) -> float:
+    """Returns the sum over rows of KL(exact || found) of logits, nats.
+
+    Args:
+        exact_NC: the teacher's logits.
+        found_NC: those that are decoded.
+        temperature: that both are divided by.
+    """
+    logs = []
+    for logits_NC in (exact_NC, found_NC):
+        scaled = logits_NC.astype(np.float64) / temperature
+        scaled -= scaled.max(axis=1, keepdims=True)
+        logs.append(scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True)))
+    return float((np.exp(logs[0]) * (logs[0] - logs[1])).sum())
 
 
 def _to_parts(array: np.ndarray, spec: ArraySpec, used: int) -> list[Any]:

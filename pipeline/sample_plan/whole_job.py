@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 from tqdm import tqdm
@@ -135,7 +136,11 @@ def measure_plan(plan: Plan, count: int, rows_of: RowsOf) -> SamplePlan:
     live_rows = LiveRows(plan, count, rows_of)
     measured = _Measured(plan, live_rows)
     with tqdm(
-        total=measured.num_steps(), desc="sample", unit="step", disable=None, leave=False
+        total=measured.num_steps(),
+        desc="sample",
+        unit="step",
+        disable=None,
+        leave=False,
     ) as bar:
         for live in live_rows.passes:
             measured.add(live, bar)
@@ -181,7 +186,7 @@ class _Measured:
         missing = self._plan.missing_blocks().get(pass_id)
         return [self._used[block] for block in missing or self._used]
 
-    def add(self, live: LivePass, bar: tqdm[object]) -> None:
+    def add(self, live: LivePass, bar: tqdm[NoReturn]) -> None:
         """Runs a teacher on the sample and measures its outputs."""
         values = self._rows.outputs(live, bar)
         usable = self._usable(live, values)
@@ -192,9 +197,7 @@ class _Measured:
             found: dict[str, list[Figures]] = {}
             for view in live.entry.views:
                 cells = self._rows.missing_cells(live, output, view)
-                given = Values.of(
-                    values[output, view], usable, cells, output.encoding
-                )
+                given = Values.of(values[output, view], usable, cells, output.encoding)
                 if view == live.entry.first_view:
                     path = f"{level_path(whole, output.size)}/{output.name}"
                     self._keep_vectors(path, output, given)
@@ -209,7 +212,9 @@ class _Measured:
                 for name, figures in found.items()
             )
             entry = next(
-                o for o in whole.outputs if (o.size, o.name) == (output.size, output.name)
+                o
+                for o in whole.outputs
+                if (o.size, o.name) == (output.size, output.name)
             )
             self.outputs.append(
                 OutputPlan(path, output.shape, entry.dtype, views, presets)
@@ -217,9 +222,7 @@ class _Measured:
             todo = sum(used) if self._plan.missing_blocks().get(whole.id) else 0
             self._encode += self.outputs[-1].own.encode * views * todo
 
-    def _usable(
-        self, live: LivePass, values: Mapping[OutputView, np.ndarray]
-    ) -> Bools:
+    def _usable(self, live: LivePass, values: Mapping[OutputView, np.ndarray]) -> Bools:
         """Returns (rows,) which rows every output of a pass can store."""
         usable = self._rows.usable(live)
         for (output, view), array in values.items():
@@ -252,7 +255,11 @@ class _Measured:
             kept.append(values.kept(exact, rows)[:_MAX_VECTORS])
             if sum(map(len, kept)) >= _MAX_VECTORS:
                 break
-        self.vectors[path] = np.concatenate(kept)[:_MAX_VECTORS]
+        vectors = np.concatenate(kept)[:_MAX_VECTORS]
+        # Sums over a whole dataset use every digit; those of a few rows of 16 bits do
+        # not, and would compress: digits are put behind the last one.
+        noise = np.random.default_rng(0).uniform(-(2**-9), 2**-9, vectors.shape)
+        self.vectors[path] = vectors * (1 + noise).astype(np.float32)
 
     def spread(self) -> float | None:
         """Returns the standard error of all features' bytes over them."""
@@ -314,6 +321,11 @@ def _config_of(entry: PassEntry, output: StoredOutput) -> OutputConfig:
     return config.outputs.get(output.name, NO_CONFIG)
 
 
+def _mean(numbers: Sequence[float | None]) -> float | None:
+    known = [number for number in numbers if number is not None]
+    return float(np.mean(known)) if known else None
+
+
 def _preset(
     name: str,
     is_own: bool,
@@ -344,6 +356,7 @@ def _preset(
         loss = Loss(
             float(np.mean([one.one_minus_cosine for one in losses])),
             max(one.worst_channel for one in losses),
+            _mean([one.divergence for one in losses]),
         )
     spreads = [one.spread for one in figures if one.spread is not None]
     return PresetPlan(
@@ -358,4 +371,3 @@ def _preset(
         encode=float(np.mean([one.encode for one in figures])),
         decode=float(np.mean([one.decode for one in figures])),
     )
-

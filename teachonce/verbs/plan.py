@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         asked.check(limit, sampled)
     elif limit is not None and not plan.is_done:
         print(
-            f"limit    limits.max_usd is {limit:,.2f}: not judged, a price needs "
+            f"limit    limits.max_usd is {limit:,g}: not judged, a price needs "
             "samples; add --sample N --machine NAME",
             file=sys.stderr,
         )

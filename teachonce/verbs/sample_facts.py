@@ -11,17 +11,9 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from manifests.errors import ManifestError
-from manifests.prices import Prices, load_prices
+from manifests.prices import load_prices
 from manifests.storage import Store
-from pipeline.cost import (
-    Assumed,
-    Price,
-    break_evens,
-    check_price,
-    machine_hours,
-    price_of,
-    student_bandwidth,
-)
+from pipeline.cost import Assumed, Terms, machine_hours, student_bandwidth
 from pipeline.plan import Plan
 from pipeline.precompute import rows_lookup
 
@@ -48,15 +40,11 @@ class Asked:
 
     Attributes:
         count: samples.
-        assumed: what only the user knows.
-        prices: the list.
-        per_hour: of one machine, dollars; None where none is named.
+        terms: that the job is priced by.
     """
 
     count: int
-    assumed: Assumed
-    prices: Prices
-    per_hour: float | None
+    terms: Terms
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Asked | None:
@@ -77,11 +65,7 @@ class Asked:
             return None
         if args.sample < 1:
             raise ManifestError(f"--sample must be at least 1, got {args.sample}")
-        prices = load_prices(args.prices)
-        assumed = Assumed(**given)
-        machine = assumed.machine
-        per_hour = None if machine is None else prices.per_hour(machine)
-        return cls(args.sample, assumed, prices, per_hour)
+        return cls(args.sample, Terms(Assumed(**given), load_prices(args.prices)))
 
     def measure(self, plan: Plan) -> SamplePlan:
         """Returns what the samples of a plan tell."""
@@ -89,34 +73,15 @@ class Asked:
 
         return measure_plan(plan, self.count, rows_lookup(Store(plan.job.bank), plan))
 
-    def price(self, sampled: SamplePlan) -> Price | None:
-        """Returns what the job costs, None where no machine is named."""
-        if self.per_hour is None:
-            return None
-        return price_of(
-            sampled.amounts, self.assumed, self.per_hour, self.prices.storage
-        )
-
     def check(self, max_usd: float | None, sampled: SamplePlan) -> None:
-        """Raises PipelineError where a job costs more than it may.
-
-        Raises:
-            ManifestError: it has a limit and no machine is named.
-        """
-        if max_usd is None or not sampled.amounts.seconds.total:
-            return
-        price = self.price(sampled)
-        if price is None or self.assumed.machine is None:
-            raise ManifestError(
-                f"limits.max_usd is {max_usd:,.2f} and cannot be judged without the "
-                f"type of machine that will run the job; add --machine NAME, one of "
-                f"{', '.join(self.prices.machines)}"
-            )
-        check_price(max_usd, price, self.assumed.machine)
+        """Raises TeachOnceError where a job may cost more than it is allowed to."""
+        if max_usd is not None and sampled.amounts.seconds.total:
+            self.terms.check(max_usd, sampled.amounts)
 
     def to_json(self, sampled: SamplePlan) -> dict[str, Any]:
         """Returns all of it as JSON values."""
-        amounts = sampled.amounts
+        amounts, assumed = sampled.amounts, self.terms.assumed
+        prices = self.terms.prices
         facts = asdict(sampled)
         facts["amounts"] |= {
             "bytes": amounts.bytes,
@@ -124,25 +89,24 @@ class Asked:
             "machine_seconds": amounts.seconds.total,
         }
         facts["sample_bytes"] = sampled.sample_bytes
-        hours = machine_hours(amounts, self.assumed)
-        facts["assumed"] = asdict(self.assumed)
+        hours = machine_hours(amounts, assumed)
+        facts["assumed"] = asdict(assumed)
         facts["machine_hours"] = hours
-        facts["hours"] = hours / self.assumed.workers
+        facts["hours"] = hours / assumed.workers
         facts["student_bytes_per_second"] = student_bandwidth(
-            sampled.sample_bytes, self.assumed.student_rate
+            sampled.sample_bytes, assumed.student_rate
         )
-        storage = self.prices.storage
         facts["break_even"] = [
             asdict(one)
-            for one in break_evens(amounts, self.assumed, self.per_hour, storage)
+            for one in self.terms.break_evens(amounts)
             if amounts.seconds.total
         ]
-        price = self.price(sampled)
+        price = self.terms.price(amounts)
         facts["price"] = price and {**asdict(price), "making": price.making}
         facts["prices"] = {
-            "date": self.prices.date.isoformat(),
-            "region": self.prices.region,
-            "sources": self.prices.sources,
+            "date": prices.date.isoformat(),
+            "region": prices.region,
+            "sources": prices.sources,
         }
         facts["advice"] = advice(sampled)
         return facts
@@ -167,7 +131,13 @@ def advice(sampled: SamplePlan) -> list[str]:
                 f"{output.path}: {own.name} cannot store {own.refused} of the sampled "
                 "rows; take another encoding"
             )
-        elif own.loss is not None and not is_near(own) and not is_topk(own):
+        elif own.loss is not None and own.loss.divergence is not None:
+            lines.append(
+                f"{output.path}: {own.name} is {own.loss.divergence:.2g} nats (KL) from "
+                "the teacher's probabilities; cosines say little of a tail that is "
+                "taken as uniform"
+            )
+        elif own.loss is not None and not is_near(own):
             lines.append(
                 f"{output.path}: {own.name} loses {own.loss.one_minus_cosine:.1e} of "
                 f"the cosine (worst channel {own.loss.worst_channel:.1e}); see what it "
@@ -188,11 +158,6 @@ def is_near(preset: PresetPlan) -> bool:
         return False
     found = preset.loss.one_minus_cosine, preset.loss.worst_channel
     return all(one <= most for one, most in zip(found, MAX_LOSS, strict=True))
-
-
-def is_topk(preset: PresetPlan) -> bool:
-    """Returns whether an encoding keeps a part of the values alone, as was asked."""
-    return preset.name.startswith("topk")
 
 
 def _cheaper(

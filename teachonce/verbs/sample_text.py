@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pipeline.cost import break_evens, machine_hours, student_bandwidth
+from pipeline.cost import machine_hours, student_bandwidth
 from teachonce.verbs import text
 from teachonce.verbs.sample_facts import Asked, advice
 
@@ -28,9 +28,9 @@ def print_sample(asked: Asked, sampled: SamplePlan) -> None:
     print()
     print(text.table(_HEAD, [row for one in sampled.outputs for row in _presets(one)]))
     print(
-        "* the job's. Bytes are of one view; 1 - cos and the worst live channel's error "
-        "are of\nstandardised values; encode and decode: MB/s of the teacher's values, "
-        "one thread.\n"
+        "* the job's; -n: rows it cannot store. Bytes are of one view; 1 - cos and the "
+        "worst live channel's\nerror are of standardised values; encode and decode: "
+        "MB/s of the teacher's values, one thread.\n"
     )
     for line in advice(sampled):
         _say("advice", line)
@@ -65,10 +65,7 @@ def _presets(output: OutputPlan) -> Iterator[tuple[str, ...]]:
     for number, one in enumerate(output.presets):
         loss = ("", "")
         if one.loss is not None:
-            loss = (
-                f"{one.loss.one_minus_cosine:.1e}",
-                f"{one.loss.worst_channel:.1e}",
-            )
+            loss = (_tiny(one.loss.one_minus_cosine), _tiny(one.loss.worst_channel))
         refused = f" -{one.refused}" if one.refused else ""
         yield (
             "" if number else path,
@@ -83,7 +80,7 @@ def _presets(output: OutputPlan) -> Iterator[tuple[str, ...]]:
 
 def _whole(asked: Asked, sampled: SamplePlan) -> Iterator[tuple[str, str]]:
     """Yields lines about the whole job."""
-    amounts, assumed = sampled.amounts, asked.assumed
+    amounts, assumed = sampled.amounts, asked.terms.assumed
     features = amounts.views * amounts.feature_bytes
     spread = "" if sampled.spread is None else f" +- {2 * sampled.spread:.1%}"
     yield (
@@ -101,7 +98,7 @@ def _whole(asked: Asked, sampled: SamplePlan) -> Iterator[tuple[str, str]]:
     yield "objects", f"{amounts.objects:,.0f}, commits and records among them"
     seconds = amounts.seconds
     stages = ", ".join(
-        f"{name} {getattr(seconds, name) / 3600:.3g} h"
+        f"{name} {_duration(getattr(seconds, name))}"
         for name in ("read", "decode", "prepare", "forward", "encode")
     )
     how = "the slower of both" if seconds.is_accelerated else "added up"
@@ -117,26 +114,26 @@ def _whole(asked: Asked, sampled: SamplePlan) -> Iterator[tuple[str, str]]:
     )
     machine = assumed.machine or "machine"
     yield (
-        "hours",
-        f"{hours / assumed.workers:,.3g} on {assumed.workers} {machine}"
+        "time",
+        f"{_duration(3600 * hours / assumed.workers)} on {assumed.workers} {machine}"
         f"{'s' if assumed.workers > 1 else ''}, each {speed}; start-up and idle "
         "machines are not in it",
     )
-    price, prices = asked.price(sampled), asked.prices
+    price, prices = asked.terms.price(amounts), asked.terms.prices
     if price is None:
         storage = amounts.bytes / 2**30 * prices.storage.gb_month
         yield (
             "price",
-            f"of storage {_usd(storage)} a month; of the job: add --machine NAME, one of "
-            f"{', '.join(prices.machines)}",
+            f"of storage {_usd(storage)} a month; of the job: add --machine NAME, one "
+            f"of {', '.join(prices.machines)}",
         )
     else:
         yield (
             "price",
-            f"{_usd(price.making)}: {hours:,.3g} h of {machine} at "
-            f"{_usd(price.per_hour)}, writing objects {_usd(price.writes)}; then storage "
-            f"{_usd(price.storage_month)} a month, {_usd(price.egress)} each time the "
-            "bank leaves the provider",
+            f"{_usd(price.making)}: {_duration(3600 * hours)} of {machine} at "
+            f"{_usd(price.per_hour)} an hour, writing objects {_usd(price.writes)}; "
+            f"then storage {_usd(price.storage_month)} a month, {_usd(price.egress)} "
+            "each time the bank leaves the provider",
         )
     yield "", f"prices of {prices.date}, {prices.region}: {', '.join(prices.sources)}"
     rate = student_bandwidth(sampled.sample_bytes, assumed.student_rate)
@@ -148,10 +145,8 @@ def _whole(asked: Asked, sampled: SamplePlan) -> Iterator[tuple[str, str]]:
 
 
 def _print_break_even(asked: Asked, sampled: SamplePlan) -> None:
-    assumed, priced = asked.assumed, asked.per_hour is not None
-    found = break_evens(
-        sampled.amounts, assumed, asked.per_hour, asked.prices.storage
-    )
+    assumed, priced = asked.terms.assumed, asked.terms.per_hour is not None
+    found = asked.terms.break_evens(sampled.amounts)
     kept = (
         f"dollars, {assumed.months:g} month(s) of storage among them"
         if priced
@@ -170,8 +165,22 @@ def _print_break_even(asked: Asked, sampled: SamplePlan) -> None:
         )
         for one in found
     ]
-    head = ("views", "epochs", f"students or ablations of {assumed.student_epochs}")
+    each = f"students or ablations of {assumed.student_epochs} epochs"
+    head = ("views", "epochs", each)
     print(text.table(head, rows))
+
+
+def _tiny(number: float) -> str:
+    return f"{number:.1e}" if number else "0"
+
+
+def _duration(seconds: float) -> str:
+    """Returns a time for people: ``12.3 s``, ``4.5 min``, ``1,234 h``."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            number = seconds / length
+            return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.3g} {unit}"
+    return f"{seconds:.3g} s"
 
 
 def _usd(number: float) -> str:
