@@ -17,8 +17,6 @@ from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.objects import encode_object
 
 _CRC_BYTES = 4
-GROUPS = 4
-"""Parts of a sample, whose spread says how sure its mean is."""
 
 
 def chunk_sizes(rows: np.ndarray, spec: ArraySpec, num_used: int) -> list[int]:
@@ -51,11 +49,13 @@ class ChunkModel:
         spec: of the array.
         points: (rows, bytes), ascending; the first is the empty chunk.
         slope: bytes a row behind the last point.
+        doubt: how far off the slope may be, where it leads behind what was measured.
     """
 
     spec: ArraySpec
     points: tuple[tuple[int, float], ...]
     slope: float
+    doubt: float = 0.0
 
     @classmethod
     def of(
@@ -63,7 +63,8 @@ class ChunkModel:
         spec: ArraySpec,
         sizes: Sequence[int],
         num_rows: int,
-        group_bytes: float | None,
+        quarter_bytes: float | None = None,
+        half_bytes: float | None = None,
     ) -> ChunkModel:
         """Returns the model of an array from what a sample of it took.
 
@@ -71,16 +72,22 @@ class ChunkModel:
             spec: of the array.
             sizes: of the chunks that the sample filled, one after the other.
             num_rows: rows in them.
-            group_bytes: mean bytes of one chunk with ``num_rows // GROUPS`` rows, where
-                the sample does not fill a chunk: what a row adds is told by chunks of
-                two lengths, or else a codec's start would be counted for every row.
+            quarter_bytes: mean bytes of a chunk with ``num_rows // 4`` rows, where the
+                sample does not fill a chunk: what a row adds is told by chunks of two
+                lengths, or else a codec's start would be counted for every row.
+            half_bytes: of a chunk with ``num_rows // 2`` rows. If the second half adds
+                other than the last three quarters do, nor will the next rows add the
+                same. (Measured on vectors of 10 to 768 channels, 64 to 512 rows for
+                2,048: that difference is the size of the error.)
         """
         empty = empty_chunk_bytes(spec)
         per_row = (sum(sizes) - len(sizes) * empty) / num_rows
-        if num_rows >= spec.chunk_rows or group_bytes is None:
+        if num_rows >= spec.chunk_rows or quarter_bytes is None or half_bytes is None:
             return cls(spec, ((0, empty),), per_row)
-        slope = (sizes[0] - group_bytes) / (num_rows - num_rows // GROUPS)
-        return cls(spec, ((0, empty), (num_rows, sizes[0])), slope)
+        slope = (sizes[0] - quarter_bytes) / (num_rows - num_rows // 4)
+        of_half = (sizes[0] - half_bytes) / (num_rows - num_rows // 2)
+        points = (0, empty), (num_rows, sizes[0])
+        return cls(spec, points, slope, abs(of_half - slope))
 
     def chunk_bytes(self, rows: int) -> float:
         """Returns the bytes of a chunk of which ``rows`` rows are used."""

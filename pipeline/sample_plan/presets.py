@@ -24,7 +24,7 @@ from pipeline.bank.encodings import make_encoding
 from pipeline.bank.objects import decode_object, encode_object, object_crc32c
 from pipeline.bank.statistics import Moments, dead_channels, floored_std
 from pipeline.bank.topk import TopK
-from pipeline.sample_plan.object_bytes import GROUPS, ChunkModel, chunk_sizes
+from pipeline.sample_plan.object_bytes import ChunkModel, chunk_sizes
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
@@ -183,8 +183,8 @@ class Figures:
 
     Attributes:
         models: of the chunks of each of its arrays.
-        spread: standard error of the mean bytes of a row over that mean; None where
-            there are too few rows to tell.
+        spread: standard error of the mean bytes of a row over that mean, between
+            samples and behind what they fill; None where there are too few to tell.
         refused: usable rows that it cannot store.
         loss: None where no row was stored.
         encode: seconds a row, to the bytes of objects, on one thread.
@@ -305,25 +305,42 @@ def _models(
 ) -> tuple[tuple[ChunkModel, ...], float | None]:
     """Returns the chunks' model of each array, and how sure the bytes of a row are."""
     count = len(values.array)
-    length = count // GROUPS
-    if length < 2:
+    if count < 8:
         return tuple(
-            ChunkModel.of(spec, own, count, None)
+            ChunkModel.of(spec, own, count)
             for spec, own in zip(specs, sizes, strict=True)
         ), None
-    parts = [
-        blocks.sizes(values.part(slice(n * length, (n + 1) * length)))
-        for n in range(GROUPS)
-    ]
+    quarters = _parts(blocks, values, 4)
+    halves = quarters
+    if any(count < spec.chunk_rows for spec in specs):
+        halves = _parts(blocks, values, 2)
     models = tuple(
-        ChunkModel.of(
-            spec, own, count, sum(sum(part[number]) for part in parts) / GROUPS
+        ChunkModel.of(spec, own, count, quarter, half)
+        for spec, own, quarter, half in zip(
+            specs,
+            sizes,
+            np.mean(quarters, axis=0).tolist(),
+            np.mean(halves, axis=0).tolist(),
+            strict=True,
         )
-        for number, (spec, own) in enumerate(zip(specs, sizes, strict=True))
     )
-    totals = [float(sum(map(sum, part))) for part in parts]
-    mean = float(np.mean(totals))
-    return models, float(np.std(totals, ddof=1)) / math.sqrt(GROUPS) / mean
+    totals = np.sum(quarters, axis=1)
+    sampling = float(totals.std(ddof=1) / math.sqrt(len(totals)) / totals.mean())
+    slope = sum(model.slope for model in models)
+    doubt = sum(model.doubt for model in models) / slope if slope > 0 else 0.0
+    return models, math.hypot(sampling, doubt)
+
+
+def _parts(blocks: _Blocks, values: Values, parts: int) -> list[list[float]]:
+    """Returns the bytes of each array's chunks, for each of so many equal parts."""
+    length = len(values.array) // parts
+    return [
+        [
+            float(sum(sizes))
+            for sizes in blocks.sizes(values.part(slice(n * length, (n + 1) * length)))
+        ]
+        for n in range(parts)
+    ]
 
 
 def _add_loss(

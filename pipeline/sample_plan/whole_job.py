@@ -264,9 +264,9 @@ class _Measured:
     def spread(self) -> float | None:
         """Returns the standard error of all features' bytes over them."""
         own = [output.own for output in self.outputs]
-        if any(one.spread is None for one in own):
-            return None
         total = sum(one.job_bytes for one in own)
+        if not total or any(one.spread is None for one in own):
+            return None
         # One sample gave them all: their errors are taken to go together.
         return sum(one.job_bytes * (one.spread or 0.0) for one in own) / total
 

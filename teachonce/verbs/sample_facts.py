@@ -133,7 +133,7 @@ def advice(sampled: SamplePlan) -> list[str]:
             )
         elif own.loss is not None and own.loss.divergence is not None:
             lines.append(
-                f"{output.path}: {own.name} is {own.loss.divergence:.2g} nats (KL) from "
+                f"{output.path}: {own.name} is {own.loss.divergence:.2g} nats (KL) off "
                 "the teacher's probabilities; cosines say little of a tail that is "
                 "taken as uniform"
             )
