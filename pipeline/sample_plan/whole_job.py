@@ -256,10 +256,12 @@ class _Measured:
             if sum(map(len, kept)) >= _MAX_VECTORS:
                 break
         vectors = np.concatenate(kept)[:_MAX_VECTORS]
-        # Sums over a whole dataset use every digit; those of a few rows of 16 bits do
-        # not, and would compress: digits are put behind the last one.
-        noise = np.random.default_rng(0).uniform(-(2**-9), 2**-9, vectors.shape)
-        self.vectors[path] = vectors * (1 + noise).astype(np.float32)
+        if self._rows.num_rows < sum(self._used.values()):
+            # Sums over a whole dataset use every digit, of every channel; those of a
+            # few rows of 16 bits, or of zeros, do not, and would compress.
+            digits = np.random.default_rng(0).normal(0, 2**-9, vectors.shape)
+            vectors = vectors + (digits * vectors.std()).astype(np.float32)
+        self.vectors[path] = vectors
 
     def spread(self) -> float | None:
         """Returns the standard error of all features' bytes over them."""
