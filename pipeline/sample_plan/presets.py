@@ -186,7 +186,7 @@ class Figures:
         spread: standard error of the mean bytes of a row over that mean, between
             samples and behind what they fill; None where there are too few to tell.
         refused: usable rows that it cannot store.
-        loss: None where no row was stored.
+        loss: None where no row was stored, or nothing varies.
         encode: seconds a row, to the bytes of objects, on one thread.
         decode: seconds a row, to float32, on one thread.
     """
@@ -283,7 +283,9 @@ def measure(encoding: Encoding, values: Values, block_rows: int) -> Figures:
     count = len(values.array)
     models, spread = _models(blocks, specs, sizes, values)
     loss = None
-    if encoding.kind != "index" and stored.usable.any():
+    # A single vector has no deviation to be standardised by.
+    is_varied = encoding.kind != "index" and values.moments.variance.any()
+    if is_varied and stored.usable.any():
         loss = sums.loss()
         if isinstance(encoding, TopK):
             loss = replace(loss, divergence=divergence / sums.count)

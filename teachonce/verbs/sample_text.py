@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.cost import machine_hours, student_bandwidth
@@ -22,11 +22,12 @@ def print_sample(asked: Asked, sampled: SamplePlan) -> None:
     bad = ", ".join(f"{count} {why}" for why, count in sampled.invalid.items())
     _say(
         "sample",
-        f"{sampled.rows:,} samples through the live teachers on {sampled.cores} cores, "
-        f"{sampled.device}; " + (f"invalid: {bad}" if bad else "all of them valid"),
+        f"{sampled.rows:,} sample(s) through the live teachers on {sampled.cores} "
+        f"cores, {sampled.device}; "
+        + (f"invalid: {bad}" if bad else "all of them valid"),
     )
     print()
-    print(text.table(_HEAD, [row for one in sampled.outputs for row in _presets(one)]))
+    _print_presets(sampled.outputs)
     print(
         "* the job's; -n: rows it cannot store. Bytes are of one view; 1 - cos and the "
         "worst live channel's\nerror are of standardised values; encode and decode: "
@@ -43,7 +44,6 @@ def print_sample(asked: Asked, sampled: SamplePlan) -> None:
 
 
 _HEAD = (
-    "output",
     "encoding",
     "B/value",
     "B/row",
@@ -54,21 +54,26 @@ _HEAD = (
 )
 
 
+def _print_presets(outputs: Sequence[OutputPlan]) -> None:
+    """Prints one table, each output's path on a line of its own: paths are long."""
+    rows = [list(_presets(output)) for output in outputs]
+    lines = iter(text.table(_HEAD, [row for own in rows for row in own]).splitlines())
+    print(f"  {next(lines)}\n  {next(lines)}")
+    for output, own in zip(outputs, rows, strict=True):
+        print(output.path)
+        for _ in own:
+            print(f"  {next(lines)}")
+
+
 def _presets(output: OutputPlan) -> Iterator[tuple[str, ...]]:
     width = {"float32": 4, "uint32": 4}.get(output.dtype, 2)
     row_mb = math.prod(output.shape) * width / 1e6
-    # Long paths stand on a line of their own, so that the table keeps to its columns.
-    path = output.path
-    if len(path) > 32:
-        yield (path, *[""] * 7)
-        path = ""
-    for number, one in enumerate(output.presets):
+    for one in output.presets:
         loss = ("", "")
         if one.loss is not None:
             loss = (_tiny(one.loss.one_minus_cosine), _tiny(one.loss.worst_channel))
         refused = f" -{one.refused}" if one.refused else ""
         yield (
-            "" if number else path,
             f"{one.name}{'*' if one.is_own else ''}{refused}",
             f"{one.value_bytes:.3f}",
             f"{one.row_bytes:,.0f}",

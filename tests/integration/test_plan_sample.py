@@ -149,7 +149,7 @@ def test_for_people_it_keeps_to_a_hundred_columns(job, capsys):
     arguments = ["plan", str(job), "--sample", "16", "--machine", "g2-standard-8"]
     assert main([*arguments, "--workers", "3", "--speedup", "7"]) == 0
     told = capsys.readouterr().out
-    sample = told[told.index("sample   16 samples") :]
+    sample = told[told.index("sample   16 sample(s)") :]
     assert max(map(len, sample.splitlines())) <= 100
     for words in (
         "lossless zstd*",

@@ -9,6 +9,7 @@ import torch
 from manifests.teacher import OutputConfig
 from pipeline.bank.encodings import make_encoding
 from pipeline.bank.objects import encode_object, object_size
+from pipeline.bank.point_index import PointIndex
 from pipeline.bank.statistics import Moments
 from pipeline.sample_plan.presets import (
     LossSums,
@@ -155,6 +156,23 @@ def test_exact_encodings_lose_nothing_and_a_row_that_overflows_is_told():
         assert by_name[name].refused == 0
     assert by_name["half"].refused == 1
     assert by_name["half"].loss.worst_channel < 1e-5
+
+
+def test_which_points_is_stored_in_one_way_and_loses_nothing():
+    index = PointIndex(name="points_index", kind="index", shape=(64,), dtype="uint32")
+    assert candidates(index, OutputConfig()) == [index]
+    values = np.sort(np.random.default_rng(0).integers(0, 900, (16, 64), np.uint32))
+    figures = measure(index, of_values(values, index), 16)
+    assert figures.loss is None
+    assert figures.block_bytes(16) == stored_bytes(index, values, 16)
+
+
+def test_one_vector_says_nothing_of_loss():
+    values = draw(1, (32,))
+    encoding = encoding_of("vector", (32,), encoding="half")
+    figures = measure(encoding, of_values(values, encoding), 8)
+    assert figures.loss is None
+    assert figures.spread is None
 
 
 def test_missing_rows_and_cells_do_not_count():
