@@ -42,6 +42,13 @@ class LimitsConfig(Strict):
     max_bytes: int | None = Field(
         None, description="refuse a job whose features may take more, e.g. 1.2 TB"
     )
+    max_usd: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="refuse a job whose making may cost more, machines and writing; "
+        "judged on samples, for the machine type that --machine names",
+    )
     max_invalid_fraction: float = Field(
         0.01, ge=0, le=1, description="of a work item of 50 samples or more"
     )

@@ -107,6 +107,11 @@ class OutputConfig(Strict):
         description="how it is stored; compact (8 bits a value) and tiny (4) take "
         "grids alone",
     )
+    codec: Literal["lz4", "zstd"] | None = Field(
+        None,
+        description="of lossless: zstd is smaller where many values are zero, as "
+        "`plan --sample` tells; omitted: lz4",
+    )
     topk: int | None = Field(
         None, ge=1, description="keep the k largest logits (implies encoding topk)"
     )
@@ -148,10 +153,15 @@ class OutputConfig(Strict):
         return data
 
     @model_validator(mode="after")
-    def _topk_agrees(self) -> OutputConfig:
+    def _encoding_agrees(self) -> OutputConfig:
         if (self.topk is not None) != (self.encoding == "topk"):
             raise ValueError(
                 "`topk: K` and `encoding: topk` go together; give both, or topk alone"
+            )
+        if self.codec is not None and self.encoding != "lossless":
+            raise ValueError(
+                f"codec is of lossless alone, encoding {self.encoding} has its own; "
+                "leave codec out"
             )
         if not self.temperatures or min(self.temperatures) <= 0:
             raise ValueError("temperatures must be a list of positive numbers")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from manifests.bank import BankRecord, ShardEntry, WorkResult
-from manifests.errors import TeachOnceError
+from manifests.errors import ManifestError, TeachOnceError
 from manifests.job import Job
 from manifests.storage import Store
 from pipeline.bank.classifiers import (
@@ -32,6 +32,7 @@ from pipeline.bank.lock import bank_lock, break_lock, clear_dead_lock
 from pipeline.bank.record import open_record, read_record, write_record
 from pipeline.bank.verify import verify
 from pipeline.beam_options import check_options, complete_options, run_here
+from pipeline.cost import Terms
 from pipeline.errors import PipelineError, RunStopped
 from pipeline.estimate import Estimate, check_limits, estimate
 from pipeline.plan import Plan, make_plan
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from pipeline.engine import Engine
 
 MAX_PLAN_ATTEMPTS = 5
+PRICED_SAMPLES = 64
+"""That ``limits.max_usd`` is judged on, fewer where they do not fit the memory."""
 
 
 @dataclass
@@ -156,8 +159,31 @@ def _remember(store: Store, plan: Plan) -> None:
             write_record(store, known)
 
 
+def _check_price(plan: Plan, store: Store, terms: Terms | None) -> None:
+    """Raises where a job may cost more than ``limits.max_usd``, or nobody can say."""
+    limit = plan.job.limits.max_usd
+    if limit is None or not plan.passes_to_do:
+        return
+    if terms is None:
+        raise PipelineError(
+            f"limits.max_usd is {limit:,g}: name the type of machine that will run "
+            "the job, --machine NAME, so that its price can be judged on samples "
+            "(--speedup X says how much faster it is than this one); or set "
+            "limits.max_usd=null"
+        )
+    from pipeline.sample_plan.live_rows import most_rows
+    from pipeline.sample_plan.whole_job import measure_plan
+
+    count = max(1, min(PRICED_SAMPLES, most_rows(plan)))
+    sampled = measure_plan(plan, count, rows_lookup(store, plan))
+    terms.check(limit, sampled.amounts)
+
+
 def prepare(
-    job: Job, store: Store, load: Callable[[Plan], None] = lambda plan: None
+    job: Job,
+    store: Store,
+    load: Callable[[Plan], None] = lambda plan: None,
+    terms: Terms | None = None,
 ) -> tuple[Plan, Estimate]:
     """Returns the plan of a job after making or growing its bank for it.
 
@@ -165,6 +191,7 @@ def prepare(
         job: with absolute paths.
         store: the bank's.
         load: called before anything is written, to find out what only loading tells.
+        terms: that ``limits.max_usd`` is judged by.
 
     Raises:
         TeachOnceError: the job cannot be run; nothing was written.
@@ -176,6 +203,7 @@ def prepare(
             _remember(store, plan)
             return plan, numbers
         check_limits(plan, numbers, store)
+        _check_price(plan, store, terms)
         load(plan)
         if plan.existing == plan.record:
             return plan, numbers
@@ -188,9 +216,7 @@ def prepare(
     )
 
 
-def _rows_lookup(
-    store: Store, plan: Plan
-) -> Callable[[ShardEntry], Sequence[ShardRow]]:
+def rows_lookup(store: Store, plan: Plan) -> Callable[[ShardEntry], Sequence[ShardRow]]:
     """Returns rows of a shard: from the plan where they are new, else from the bank."""
     fresh = {shard.record.name: shard.rows for shard in plan.changes.new}
     parts: dict[str, dict[str, tuple[ShardRow, ...]]] = {}
@@ -235,6 +261,7 @@ def precompute(
     do_break_lock: bool = False,
     fail_fast: bool = False,
     quiet: bool = False,
+    terms: Terms | None = None,
 ) -> Outcome:
     """Makes a job's bank, or what it still lacks.
 
@@ -245,10 +272,16 @@ def precompute(
         do_break_lock: remove the bank's lock first.
         fail_fast: end at the first shard that fails.
         quiet: no progress bar.
+        terms: that ``limits.max_usd`` is judged by, before anything is written.
 
     Raises:
         TeachOnceError: the job cannot be run, or the machine or the store failed.
     """
+    if terms is not None and job.limits.max_usd is None:
+        raise ManifestError(
+            "--machine is what limits.max_usd is judged by, and the job has none; "
+            "leave it out, or say limits.max_usd=400"
+        )
     store = Store(job.bank)
     if do_break_lock:
         break_lock(store)
@@ -267,7 +300,7 @@ def precompute(
                 Engine(store, plan.record, plan.passes_to_do, job.engine, job.limits)
             ]
 
-    plan, numbers = prepare(job, store, load)
+    plan, numbers = prepare(job, store, load, terms)
     if plan.is_done and not do_repair:
         assert plan.existing is not None
         # A run that was killed in its last moment leaves a whole bank, but locked.
@@ -286,7 +319,7 @@ def precompute(
     }
     items = work_items(
         plan,
-        _rows_lookup(store, plan),
+        rows_lookup(store, plan),
         item_blocks(plan, job.engine.device, num_threads(job.engine)),
     )
     start_run(store, run_id, settings, items)

@@ -41,7 +41,7 @@ def _definition(spec: OutputSpec, config: OutputConfig, path: str) -> dict[str, 
         ManifestError: the job contradicts the teacher's extent.
     """
     data = config.model_dump(mode="json", by_alias=True, exclude_none=True)
-    for stored in ("encoding", "topk", "temperatures"):
+    for stored in ("encoding", "codec", "topk", "temperatures"):
         data.pop(stored, None)
     if spec.classifier is not None:
         data["classifier"] = spec.classifier

@@ -65,10 +65,12 @@ def _parser() -> argparse.ArgumentParser:
     index.add_argument("--json", action="store_true", help=_COMMON_HELP)
     plan = verb(
         "plan",
-        "Say what a job will do: rows, blocks, bytes, objects, memory; writes nothing",
-        "plan job.yaml teachers.sam.batch=2",
+        "Say what a job will do: rows, blocks, bytes, objects, memory; with --sample "
+        "what it costs, measured; writes nothing",
+        "plan job.yaml --sample 64 --machine g2-standard-8 --speedup 20 --workers 8",
     )
     document_arguments(plan, "job")
+    _sample_arguments(plan)
     plan.add_argument("--json", action="store_true", help=_COMMON_HELP)
     precompute = verb(
         "precompute",
@@ -88,6 +90,13 @@ def _parser() -> argparse.ArgumentParser:
     precompute.add_argument(
         "--break-lock", action="store_true", help="remove a dead run's lock"
     )
+    precompute.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="type of the machines that will run it; for a job with limits.max_usd, "
+        "whose price is judged on samples before anything is written",
+    )
+    _price_arguments(precompute)
     precompute.add_argument("--quiet", action="store_true", help="no progress bar")
     precompute.add_argument("--json", action="store_true", help=_COMMON_HELP)
     info = verb("info", "Say what a bank holds, also while it grows", "info bank/")
@@ -198,6 +207,57 @@ def _parser() -> argparse.ArgumentParser:
         "--lidar-range", type=float, default=60.0, help="range of the LiDAR, metres"
     )
     return parser
+
+
+def _sample_arguments(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="run N samples, spread over the shards, through the live teachers: bytes, "
+        "quality and speed of every encoding that fits, hours and price of the whole "
+        "job; the options below are for it",
+    )
+    plan.add_argument(
+        "--machine",
+        metavar="NAME",
+        help="type in the price list that will run it, such as g2-standard-8",
+    )
+    _price_arguments(plan)
+    plan.add_argument(
+        "--workers", type=int, metavar="K", help="machines that share it; omitted: 1"
+    )
+    plan.add_argument(
+        "--student-rate",
+        type=float,
+        metavar="S",
+        help="samples a second that a student takes; omitted: 1000",
+    )
+    plan.add_argument(
+        "--student-epochs",
+        type=int,
+        metavar="E",
+        help="epochs of one student; omitted: 100",
+    )
+    plan.add_argument(
+        "--months",
+        type=float,
+        metavar="M",
+        help="that the bank is kept for; omitted: 1",
+    )
+
+
+def _price_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--speedup",
+        type=float,
+        metavar="X",
+        help="how many times as fast as this machine that one is; it cannot be known "
+        "from here; omitted: as fast",
+    )
+    sub.add_argument(
+        "--prices", metavar="FILE", help="a price list (YAML) instead of our own"
+    )
 
 
 def _export_arguments(export: argparse.ArgumentParser) -> None:

@@ -94,6 +94,8 @@ class Encoding(ABC):
     suffixes: ClassVar[tuple[str, ...]] = ("",)
     is_exact: ClassVar[bool] = False
     """Whether its one array holds the very values that came in."""
+    holds_features: ClassVar[bool] = True
+    """Whether it holds what a teacher says, not numbers of points or images."""
     mixes_rows: ClassVar[bool] = False
     """Whether what is stored of a row depends on the rows it was encoded beside. What
     is stored of a row alone decodes it in either case: rows can be moved."""

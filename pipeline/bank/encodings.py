@@ -133,6 +133,11 @@ class Lossless(Raw):
 
     codec: Codec = "lz4"
 
+    @classmethod
+    def from_config(cls, config: OutputConfig, **common: Any) -> Encoding:
+        """Returns what a job asks for, with its codec."""
+        return cls(codec=config.codec or "lz4", **common)
+
     def to_json(self) -> dict[str, Any]:
         """Returns JSON values, the codec among them."""
         return {**super().to_json(), "codec": self.codec}

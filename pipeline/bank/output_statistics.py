@@ -7,7 +7,7 @@ whatever ran them. Taken from view 0, valid rows only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,10 +103,21 @@ def _cells(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return cells[~is_missing] if is_missing.any() else cells
 
 
+def has_statistics(output: OutputEntry) -> bool:
+    """Returns whether an output decodes to vectors of which statistics are made."""
+    return output.encoding["encoding"] not in ("topk", "index", "jpeg")
+
+
 def compute(
-    sample: OutputSample, channels: int, covariance: bool
+    sample: Iterable[np.ndarray], channels: int, covariance: bool
 ) -> dict[str, np.ndarray]:
-    """Returns mean, variance, covariance, mean direction, dispersion and count."""
+    """Returns mean, variance, covariance, mean direction, dispersion and count.
+
+    Args:
+        sample: (n, channels) float32 each; gone through twice.
+        channels: of the output.
+        covariance: whether all second moments are kept.
+    """
     moments = statistics.Moments(channels, covariance=covariance)
     kept: list[np.ndarray] | None = []
     kept_bytes = 0
@@ -137,19 +148,33 @@ def write_statistics(
     live = set(record.live_blocks)
     masks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path, entry, output in layout.outputs(record):
-        if output.encoding["encoding"] in ("topk", "index", "jpeg"):
+        if not has_statistics(output):
             continue
         if entry.id not in masks:
             masks[entry.id] = _valid_rows(store, record, entry, committed, live)
         blocks, valid = masks[entry.id]
         sample = OutputSample(store, output, entry.first_view, blocks, valid)
-        channels = output.shape[-1]
-        covariance = (
-            output.name not in _NO_COVARIANCE and channels <= MAX_COVARIANCE_CHANNELS
-        )
-        level, _, name = path.rpartition("/")
-        for what, values in compute(sample, channels, covariance).items():
-            _write(store, f"{FEATURES}/{level}/stats/{name}_{what}", name, values)
+        write_statistics_of(store, path, output, sample)
+
+
+def write_statistics_of(
+    store: Store, path: str, output: OutputEntry, sample: Iterable[np.ndarray]
+) -> None:
+    """Writes the statistics of one output.
+
+    Args:
+        store: the bank's.
+        path: of the output inside ``features.zarr``.
+        output: its entry.
+        sample: (n, channels) float32 each; gone through twice.
+    """
+    channels = output.shape[-1]
+    covariance = (
+        output.name not in _NO_COVARIANCE and channels <= MAX_COVARIANCE_CHANNELS
+    )
+    level, _, name = path.rpartition("/")
+    for what, values in compute(sample, channels, covariance).items():
+        _write(store, f"{FEATURES}/{level}/stats/{name}_{what}", name, values)
 
 
 def _valid_rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,8 @@ from pipeline.samples.points import NO_POINT
 @dataclass(frozen=True, kw_only=True)
 class PointIndex(Encoding):
     """Numbers of points in the sweep as stored, uint32."""
+
+    holds_features: ClassVar[bool] = False
 
     def arrays(self, path: str, block_rows: int) -> tuple[ArraySpec, ...]:
         """Returns one uint32 array."""

@@ -36,6 +36,7 @@ class StoredJpeg(Encoding):
     """
 
     suffixes: ClassVar[tuple[str, ...]] = ("", "_quality")
+    holds_features: ClassVar[bool] = False
 
     def arrays(self, path: str, block_rows: int) -> tuple[ArraySpec, ...]:
         """Returns the JPEGs (sample, byte) and their qualities (sample)."""

@@ -1,4 +1,4 @@
-"""``teachonce plan``: what a job will do, from shapes and headers alone."""
+"""``teachonce plan``: what a job will do, from shapes and headers or from samples."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pipeline.fits import Fit, fits_of
 from pipeline.plan import Plan
 from pipeline.precompute import plan_with_progress
 from teachonce.verbs import text
+from teachonce.verbs.sample_facts import Asked
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,10 +25,12 @@ def run(args: argparse.Namespace) -> int:
     job = load_job(args.job, args.overrides)
     if args.beam_options:
         check_options(complete_options(args.beam_options))
-    plan = plan_with_progress(job, needs_weights=False)
+    asked = Asked.of(args)
+    plan = plan_with_progress(job, needs_weights=asked is not None)
     numbers = estimate(plan)
     check_limits(plan, numbers, Store(job.bank))
     fits = fits_of(plan)
+    sampled = None if asked is None else asked.measure(plan)
     if args.json:
         facts = asdict(numbers)
         facts["bank"] = job.bank
@@ -47,9 +50,22 @@ def run(args: argparse.Namespace) -> int:
         }
         facts["fits"] = [asdict(fit) for fit in fits]
         facts["missing_weights"] = dict(plan.missing_weights)
+        if asked is not None and sampled is not None:
+            facts["sample"] = asked.to_json(sampled)
         text.print_json(facts)
     else:
         print_plan(job, plan, numbers, fits)
+        if asked is not None and sampled is not None:
+            asked.print(sampled)
+    limit = job.limits.max_usd
+    if asked is not None and sampled is not None:
+        asked.check(limit, sampled)
+    elif limit is not None and not plan.is_done:
+        print(
+            f"limit    limits.max_usd is {limit:,g}: not judged, a price needs "
+            "samples; add --sample N --machine NAME",
+            file=sys.stderr,
+        )
     for message in plan.missing_weights.values():
         print(f"missing  {message}", file=sys.stderr)
     return 1 if plan.missing_weights else 0

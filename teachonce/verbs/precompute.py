@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from manifests.errors import ManifestError
 from manifests.loading import load_job
+from manifests.prices import load_prices
+from pipeline.cost import Assumed, Terms
 from pipeline.precompute import Outcome, precompute
 from teachonce.verbs import text
 
@@ -20,6 +23,7 @@ def run(args: argparse.Namespace) -> int:
         do_break_lock=args.break_lock,
         fail_fast=args.fail_fast,
         quiet=args.quiet,
+        terms=_terms(args),
     )
     if args.json:
         state = outcome.record.state
@@ -36,6 +40,19 @@ def run(args: argparse.Namespace) -> int:
     else:
         print_outcome(job.bank, outcome)
     return 0 if outcome.is_whole else 1
+
+
+def _terms(args: argparse.Namespace) -> Terms | None:
+    """Returns what the price is judged by, None where no machine is named."""
+    if args.machine is None:
+        if args.speedup is not None or args.prices is not None:
+            raise ManifestError(
+                "--speedup and --prices are about the machine that will run the job; "
+                "name it, --machine NAME"
+            )
+        return None
+    assumed = Assumed(machine=args.machine, speedup=args.speedup)
+    return Terms(assumed, load_prices(args.prices))
 
 
 def print_outcome(bank: str, outcome: Outcome) -> None:

@@ -273,7 +273,7 @@ IMAGE = {"kind": "image", "member": "jpg"}
             {"limits": {"max_bytes": "1.2.3 GB"}},
             "limits.max_bytes: must be a size like",
         ),
-        ({"limits": {"max_usd": 3}}, "limits.max_usd: no such field"),
+        ({"limits": {"max_eur": 3}}, "limits.max_eur: no such field"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_whole_path(tmp_path, fields, message):
