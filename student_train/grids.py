@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ResizeMode = Literal["bicubic", "bilinear"]
-GridRule = Literal["larger", "smaller", "student", "teacher"]
+GridRule = Literal["larger", "smaller", "student", "teacher", "coincide"]
 
 #: A resampled cell is valid if the absolute weights of the masked cells it draws on sum
 #: to at most this, of weights that sum to 1: room for rounding and a filter's tail.
@@ -100,7 +100,8 @@ def match_grids(
         target_BHWC: (B, H', W', C) on the teacher's grid, standardised.
         mask_BHW: (B, H', W') bool, of the target.
         rule: ``larger`` takes the larger grid per axis (EUPE), ``smaller`` the smaller
-            per axis, ``student`` and ``teacher`` that side's.
+            per axis, ``student`` and ``teacher`` that side's; with ``coincide`` both
+            are the same (DUNE).
         mode: ``bicubic`` or ``bilinear``.
 
     Source: EUPE sections 3.1 and 4.1 for ``larger``.
@@ -127,6 +128,11 @@ def common_size(
         teacher: rows and columns of the teacher's.
         rule: see `match_grids`.
     """
+    if rule == "coincide" and student != teacher:
+        raise ValueError(
+            f"grids that coincide must be of one size, got {student} of the student "
+            f"and {teacher} of the teacher; give the student another input size"
+        )
     if rule == "student":
         return student
     if rule == "teacher":
