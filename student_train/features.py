@@ -149,6 +149,7 @@ class Student(nn.Module):
         return (
             self.patch_dim is not None
             and forward is not None
+            and hasattr(self.model, "blocks")
             and "return_prefix_tokens" in inspect.signature(forward).parameters
         )
 
@@ -251,10 +252,7 @@ def _check_covered(model: nn.Module, size: Size) -> None:
 def _with_layers(
     model: Any, image_BCHW: Tensor, grid: Size
 ) -> tuple[Tensor, tuple[LayerTokens, ...]]:
-    """Returns what ``forward_features`` gives, and tokens of all layers but the last.
-
-    Their shape is checked: what a model counts as a layer is its own affair.
-    """
+    """Returns what ``forward_features`` gives, and tokens of all layers but the last."""
     last = len(model.blocks) - 1
     features, found = model.forward_intermediates(
         image_BCHW,
