@@ -252,7 +252,7 @@ def _check_covered(model: nn.Module, size: Size) -> None:
 def _with_layers(
     model: Any, image_BCHW: Tensor, grid: Size
 ) -> tuple[Tensor, tuple[LayerTokens, ...]]:
-    """Returns what ``forward_features`` gives, and tokens of all layers but the last."""
+    """Returns what ``forward_features`` gives, and tokens of layers but the last."""
     last = len(model.blocks) - 1
     features, found = model.forward_intermediates(
         image_BCHW,

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from pipeline.bank.open import open_bank
+from student_train import extensions
+from student_train.folding import fold
 from tests.student_train.test_trainer import module
 from tests.training import (
     STUDENT,
@@ -208,6 +213,67 @@ def test_a_dispersion_of_0_is_refused(bank, tmp_path, monkeypatch):
     wrong = {**found, "dispersion": np.asarray(0.0)}
     monkeypatch.setattr(type(opened), "statistics", lambda *_: wrong)
     with pytest.raises(ValueError, match=r"a dispersion above 0 of first/.* got 0\.0"):
+        trainer_for(bank, tmp_path / "run", targets=targets)
+
+
+class Mixer(nn.Module):
+    """A head of another package."""
+
+    def __init__(self, dim_in, dim_out, depth=1):
+        super().__init__()
+        widths = [dim_in] * depth
+        self.below = nn.Sequential(*(nn.Linear(one, one) for one in widths))
+        self.out = nn.Linear(dim_in, dim_out)
+
+    def forward(self, tokens):
+        return self.out(self.below(tokens))
+
+    def last_layers(self):
+        return (self.out,)
+
+
+@pytest.fixture
+def brought(monkeypatch):
+    found = {"mixer": Mixer, "number": lambda *_: 3}
+    points = [
+        SimpleNamespace(name=name, value="package:it", load=lambda one=one: one)
+        for name, one in found.items()
+    ]
+    held = {"teachonce.heads": points}
+    monkeypatch.setattr(extensions, "entry_points", lambda group: held[group])
+
+
+def test_a_head_of_another_package(brought, bank, tmp_path):
+    head = {"kind": "mixer", "args": {"depth": 3}}
+    targets = {"it": {**CLS, "loss": MSE, "head": head}}
+    trainer = trainer_for(bank, tmp_path / "run", targets=targets)
+    objective = trainer.modules.objective
+    assert len(objective.heads["it"].below) == 3
+    assert trainer.run().is_done
+    tokens = torch.randn(2, 48)
+    folded = fold(objective.heads["it"], objective.spaces["it"].normaliser)
+    raw = objective.undo(objective.tasks[0], objective.heads["it"](tokens))
+    torch.testing.assert_close(folded(tokens), raw, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        ({"kind": "number"}, r"it\.head must be a torch\.nn\.Module, got int"),
+        (
+            {"kind": "mixer", "args": {"width": 3}},
+            r"it\.head must be built with its args, got TypeError: .*width",
+        ),
+        (
+            {"kind": "mixer", "hidden": 3},
+            r"head\.hidden must be left out for a head of kind mixer, which takes args",
+        ),
+        ({"kind": "mixr"}, r"bev, mixer, number, got mixr .*did you mean mixer"),
+    ],
+)
+def test_a_wrong_head_of_another_package(head, message, brought, bank, tmp_path):
+    targets = {"it": {**CLS, "loss": MSE, "head": head}}
+    with pytest.raises(ValueError, match=message):
         trainer_for(bank, tmp_path / "run", targets=targets)
 
 
