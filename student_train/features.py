@@ -254,6 +254,8 @@ def _with_layers(
 ) -> tuple[Tensor, tuple[LayerTokens, ...]]:
     """Returns what ``forward_features`` gives, and tokens of layers but the last."""
     last = len(model.blocks) - 1
+    if last == 0:
+        return model.forward_features(image_BCHW), ()
     features, found = model.forward_intermediates(
         image_BCHW,
         indices=list(range(last)),

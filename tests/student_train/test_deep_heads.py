@@ -71,6 +71,15 @@ def test_layers_are_what_the_blocks_give(name):
         assert layer.cls is None or torch.equal(layer.cls, tokens[:, 0])
 
 
+def test_a_student_of_one_layer_has_none_below_it():
+    args = {**LAYERED["vit_tiny_patch16_224"], "depth": 1}
+    student = student_of("vit_tiny_patch16_224", args)
+    with torch.no_grad():
+        found, plain = student(PIXELS, layers=True), student(PIXELS)
+    assert (student.num_layers, found.layers) == (1, ())
+    assert torch.equal(found.patch, plain.patch)
+
+
 @pytest.mark.parametrize(
     "name", ["resnet10t", "convnext_atto", "swin_tiny_patch4_window7_224"]
 )
