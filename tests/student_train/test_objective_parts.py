@@ -9,6 +9,7 @@ import torch
 
 from pipeline.bank.open import open_bank
 from student_train.folding import fold
+from student_train.order import row_draws
 from tests.training import PAIR_TOPK, once, pair_bank, trainer_for
 
 BATCH = 40
@@ -261,3 +262,35 @@ def test_heads_leave_with_their_normalisation(bank, tmp_path):
     np.testing.assert_allclose(
         moved.detach().square().sum(), prediction.detach().square().sum() * scale, 1e-4
     )
+
+
+def test_the_loss_with_teachers_dropped_is_the_mean_over_kept_images(bank, tmp_path):
+    """Sum of kept losses over their number, by teacher; shares are over all images."""
+    targets = {
+        name: {
+            "from": f"main/{name}/cls",
+            "head": LINEAR,
+            "loss": {"mse": 1.0},
+            "normalise": "none",
+            "weight": weight,
+        }
+        for name, weight in (("first", 0.5), ("second", 2.0))
+    }
+    step = Step(bank, tmp_path, targets, balance={"kind": "drop_teachers", "p": 0.7})
+    losses = {}
+    for name in targets:
+        target = step.stored(LEVEL.format(name, "cls"))
+        losses[name] = ((step.linear(name, "cls") - target) ** 2).mean(1)
+        assert step.shares[name] == pytest.approx(losses[name].mean(), rel=1e-4)
+    draws = row_draws(0, 0, 0, step.batch.rows, 2)
+    is_first_worst = 0.5 * losses["first"] > 2 * losses["second"]
+    kept = {
+        "first": is_first_worst | (draws[0] >= 0.7),
+        "second": ~is_first_worst | (draws[1] >= 0.7),
+    }
+    assert 0 < min(one.mean() for one in kept.values()) < 1
+    expected = sum(
+        weight * losses[name][kept[name]].mean()
+        for name, weight in (("first", 0.5), ("second", 2.0))
+    )
+    assert step.total == pytest.approx(expected, rel=1e-4)
