@@ -33,6 +33,7 @@ benchmarks: $(INSTALLED)
 	$(BIN)/python benchmarks/write_block.py
 	$(BIN)/python benchmarks/streaming.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/normalisation.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

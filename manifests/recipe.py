@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from manifests.document import ImageSize, Strict, check_name
+from manifests.target import BalanceConfig, NormaliseRule, TargetConfig
 from manifests.teacher import BevExtent
 
 DATA = "data"
@@ -142,74 +143,6 @@ class StudentConfig(Strict):
         return model
 
 
-class HeadConfig(Strict):
-    """From the student's tokens to one target."""
-
-    kind: Literal["adapter", "linear", "bev"] = Field(
-        "adapter",
-        description="EUPE's two-layer adapter; one layer; camera tokens to a "
-        "bird's-eye grid",
-    )
-    same_as: str | None = Field(
-        None, description="another target, whose very head is used: plain KD has one"
-    )
-    hidden: int | None = Field(
-        None, ge=1, description="width of the hidden layer; omitted: 4 x the tokens'"
-    )
-    cells: tuple[int, int] | None = Field(
-        None, description="bev: rows and columns; omitted: the teacher's own grid"
-    )
-    heights_m: tuple[float, ...] = Field(
-        (-1.5, -0.5, 0.5),
-        min_length=1,
-        description="bev: heights at which a cell looks into the image, LiDAR z",
-    )
-
-
-class LossConfig(Strict):
-    """One term of a target's loss."""
-
-    weight: float = Field(1.0, ge=0)
-    beta: float | None = Field(None, gt=0, description="smooth_l1: where it bends")
-    temperature: float | None = Field(None, gt=0, description="kl: of both softmaxes")
-    label_smoothing: float | None = Field(
-        None, ge=0, lt=1, description="cross_entropy: share spread over all classes"
-    )
-
-
-class TargetConfig(Strict):
-    """One thing the student learns: a teacher's output, or a label."""
-
-    source: str = Field(
-        alias="from",
-        description="<bank>/<teacher>/<output> (with /<group> or /<group>/<size> "
-        "between where there are several), <bank>/labels/<name>, data/<label>",
-    )
-    head: HeadConfig = Field(default_factory=HeadConfig)
-    loss: dict[str, LossConfig] = Field(
-        min_length=1, description="loss to its weight, or to its weight and parameters"
-    )
-    tokens: Literal["cls", "pooled", "patch"] | None = Field(
-        None, description="of the student; omitted: patch for grids, else cls or pooled"
-    )
-    grid: Literal["larger", "smaller", "student", "teacher"] = Field(
-        "larger", description="grid that the loss is taken on"
-    )
-    weight: float = Field(1.0, ge=0, description="of the whole target")
-
-    @field_validator("loss", mode="before")
-    @classmethod
-    def _weights_alone(cls, loss: Any) -> Any:
-        if not isinstance(loss, dict):
-            return loss
-        return {
-            name: {"weight": value}
-            if isinstance(value, (int, float)) and not isinstance(value, bool)
-            else value
-            for name, value in loss.items()
-        }
-
-
 class LoaderConfig(Strict):
     """How rows reach the student; what it learns depends on window_blocks and view."""
 
@@ -258,7 +191,8 @@ class StageConfig(Strict):
     size: Size | list[Size] | None = Field(
         None,
         description="of the student's input: side in pixels (fitted to the view's "
-        "aspect), or [[height, width]]; of several one is drawn each step",
+        "aspect), or [[height, width]]; of several one is drawn each step; omitted: "
+        "what targets with `grid: coincide` ask for, else the student's own",
     )
 
     @model_validator(mode="after")
@@ -317,8 +251,14 @@ class Recipe(Strict):
     data: DataConfig = Field(default_factory=DataConfig)
     student: StudentConfig
     targets: dict[str, TargetConfig] = Field(min_length=1)
-    normalise: Literal["none", "standardise"] = Field(
-        "standardise", description="of teachers' features, by the bank's statistics"
+    normalise: NormaliseRule = Field(
+        "standardise",
+        description="of teachers' features, by the bank's statistics of each output: "
+        "none; standardise, per channel; phi_s, turned so that one scale will do; "
+        "whiten",
+    )
+    balance: BalanceConfig = Field(
+        default_factory=BalanceConfig, description="between teachers"
     )
     loader: LoaderConfig = Field(default_factory=LoaderConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)

@@ -82,13 +82,17 @@ def save_checkpoint(
     return path
 
 
-def save_heads(path: Path, heads: nn.Module) -> None:
-    """Writes the heads' weights by target: the way back to a teacher's own space.
+def save_heads(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes heads and normalisations: the way back to a teacher's own space.
+
+    Args:
+        path: of the file.
+        state: by target, as the objective gives it.
 
     Raises:
         StorageError: they cannot be written.
     """
-    _write(path, heads.state_dict(), {})
+    _write(path, state, {})
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:

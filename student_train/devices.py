@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -29,3 +31,14 @@ def choose_device(name: str) -> torch.device:
             f"{count or 'no'} accelerator{'s' if count > 1 else ''}"
         )
     return device
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Returns a context in which float32 stays float32, whatever the trainer asked for.
+
+    Args:
+        device: of the tensors; on one that autocast does not know there is none.
+    """
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

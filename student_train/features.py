@@ -9,9 +9,10 @@ Shape suffixes: B batch, N tokens, H and W grid or image, C channels.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +27,19 @@ _DEFAULT_STRIDE = 32
 
 
 @dataclass(frozen=True)
+class LayerTokens:
+    """What one layer of a student gives, before any final norm.
+
+    Attributes:
+        cls: (B, C) class token; None where the model has none.
+        patch: (B, H, W, C) tokens in raster order.
+    """
+
+    cls: Tensor | None
+    patch: Tensor
+
+
+@dataclass(frozen=True)
 class StudentFeatures:
     """What a student gives for a batch.
 
@@ -34,11 +48,14 @@ class StudentFeatures:
         pooled: (B, C') what the model's own classifier would see.
         patch: (B, H, W, C) what ``forward_features`` gives: tokens in raster order
             without prefix tokens, or the final map; None where there is no grid.
+        layers: of every layer but the last, whose tokens are those above; empty where
+            they were not asked for.
     """
 
     cls: Tensor | None
     pooled: Tensor
     patch: Tensor | None
+    layers: tuple[LayerTokens, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,19 +122,42 @@ class Student(nn.Module):
         self.patch_dim = shapes.patch_dim
         self.stride = _stride(model, size, shapes.grid)
 
-    def forward(self, pixels_BHW3: Tensor) -> StudentFeatures:
+    def forward(self, pixels_BHW3: Tensor, layers: bool = False) -> StudentFeatures:
         """Returns the features of images.
 
         Args:
             pixels_BHW3: uint8 in R, G, B, of a view at any size that the model takes.
+            layers: whether tokens of the layers between are kept; see `has_layers`.
 
         Raises:
             TrainingError: other pixels, or a size that the model refuses.
         """
         shapes = self._shapes_at((pixels_BHW3.shape[1], pixels_BHW3.shape[2]))
         model: Any = self.model
-        features = model.forward_features(self.normalise(pixels_BHW3))
-        return _finish(model, features, shapes.grid)
+        image_B3HW = self.normalise(pixels_BHW3)
+        if not layers:
+            features = model.forward_features(image_B3HW)
+            return _finish(model, features, shapes.grid)
+        assert shapes.grid is not None
+        features, between = _with_layers(model, image_B3HW, shapes.grid)
+        return replace(_finish(model, features, shapes.grid), layers=between)
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether it can give tokens of every layer, on one grid: a plain ViT can."""
+        forward: Any = getattr(self.model, "forward_intermediates", None)
+        return (
+            self.patch_dim is not None
+            and forward is not None
+            and hasattr(self.model, "blocks")
+            and "return_prefix_tokens" in inspect.signature(forward).parameters
+        )
+
+    @property
+    def num_layers(self) -> int:
+        """Number of its layers, where it `has_layers`."""
+        model: Any = self.model
+        return len(model.blocks)
 
     def normalise(self, pixels_BHW3: Tensor) -> Tensor:
         """Returns ``(pixels / 255 - mean) / std`` as (B, 3, H, W).
@@ -209,6 +249,29 @@ def _check_covered(model: nn.Module, size: Size) -> None:
         )
 
 
+def _with_layers(
+    model: Any, image_BCHW: Tensor, grid: Size
+) -> tuple[Tensor, tuple[LayerTokens, ...]]:
+    """Returns what ``forward_features`` gives, and tokens of layers but the last."""
+    last = len(model.blocks) - 1
+    if last == 0:
+        return model.forward_features(image_BCHW), ()
+    features, found = model.forward_intermediates(
+        image_BCHW,
+        indices=list(range(last)),
+        return_prefix_tokens=True,
+        norm=False,
+        output_fmt="NLC",
+    )
+    layers = []
+    for one in found:
+        tokens_BNC, prefix_BPC = one if isinstance(one, tuple) else (one, None)
+        patch_BHWC = tokens_BNC.reshape(len(tokens_BNC), *grid, -1)
+        has_cls = prefix_BPC is not None and _has_class_token(model)
+        layers.append(LayerTokens(prefix_BPC[:, 0] if has_cls else None, patch_BHWC))
+    return features, tuple(layers)
+
+
 class _Probe(nn.Module):
     """What `functional_call` calls in place of a model's own forward."""
 
@@ -295,10 +358,8 @@ def _patch(model: Any, features: Any, grid: Size | None) -> Tensor | None:
 
 
 def _cls(model: Any, features: Any) -> Tensor | None:
-    has_token = getattr(model, "has_class_token", None)
-    if has_token is None:
-        has_token = getattr(model, "cls_token", None) is not None
-    if not has_token or not isinstance(features, Tensor) or features.ndim != 3:
+    is_tokens = isinstance(features, Tensor) and features.ndim == 3
+    if not is_tokens or not _has_class_token(model):
         return None
     token_BC: Tensor = features[:, 0]
     # Models that average their tokens norm only what they have pooled.
@@ -307,6 +368,13 @@ def _cls(model: Any, features: Any) -> Tensor | None:
     ):
         token_BC = model.fc_norm(token_BC)
     return token_BC
+
+
+def _has_class_token(model: Any) -> bool:
+    declared = getattr(model, "has_class_token", None)
+    if declared is None:
+        return getattr(model, "cls_token", None) is not None
+    return bool(declared)
 
 
 def _is_norm(module: Any) -> bool:

@@ -22,8 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from student_train.devices import without_autocast
+
 ResizeMode = Literal["bicubic", "bilinear"]
-GridRule = Literal["larger", "smaller", "student", "teacher"]
+GridRule = Literal["larger", "smaller", "student", "teacher", "coincide"]
 
 #: A resampled cell is valid if the absolute weights of the masked cells it draws on sum
 #: to at most this, of weights that sum to 1: room for rounding and a filter's tail.
@@ -75,7 +77,7 @@ def resize_mask(
     """
     if mask_BHW.shape[1:] == size_hw:
         return mask_BHW
-    with torch.autocast(mask_BHW.device.type, enabled=False):
+    with without_autocast(mask_BHW.device):
         rows_hH = _axis_weights(mask_BHW.shape[1], size_hw[0], mode, mask_BHW.device)
         columns_wW = _axis_weights(mask_BHW.shape[2], size_hw[1], mode, mask_BHW.device)
         masked_Bhw = rows_hH.abs() @ (~mask_BHW).float() @ columns_wW.abs().T
@@ -100,7 +102,8 @@ def match_grids(
         target_BHWC: (B, H', W', C) on the teacher's grid, standardised.
         mask_BHW: (B, H', W') bool, of the target.
         rule: ``larger`` takes the larger grid per axis (EUPE), ``smaller`` the smaller
-            per axis, ``student`` and ``teacher`` that side's.
+            per axis, ``student`` and ``teacher`` that side's; with ``coincide`` both
+            are the same (DUNE).
         mode: ``bicubic`` or ``bilinear``.
 
     Source: EUPE sections 3.1 and 4.1 for ``larger``.
@@ -127,6 +130,11 @@ def common_size(
         teacher: rows and columns of the teacher's.
         rule: see `match_grids`.
     """
+    if rule == "coincide" and student != teacher:
+        raise ValueError(
+            f"grids that coincide must be of one size, got {student} of the student "
+            f"and {teacher} of the teacher; give the student another input size"
+        )
     if rule == "student":
         return student
     if rule == "teacher":

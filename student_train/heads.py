@@ -39,7 +39,7 @@ class Adapter(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int, hidden: int) -> None:
         super().__init__()
-        _check_widths(dim_in=dim_in, dim_out=dim_out, hidden=hidden)
+        check_widths(dim_in=dim_in, dim_out=dim_out, hidden=hidden)
         self.expand = nn.Linear(dim_in, hidden, bias=False)
         self.norm = nn.LayerNorm(hidden)
         self.contract = nn.Linear(hidden, dim_out, bias=False)
@@ -48,6 +48,10 @@ class Adapter(nn.Module):
         """Returns (..., dim_out) of (..., dim_in)."""
         found: Tensor = self.contract(F.gelu(self.norm(self.expand(tokens))))
         return found
+
+    def last_layers(self) -> tuple[nn.Linear, ...]:
+        """Returns the layers whose outputs sum to what it gives."""
+        return (self.contract,)
 
 
 class LinearHead(nn.Module):
@@ -60,13 +64,17 @@ class LinearHead(nn.Module):
 
     def __init__(self, dim_in: int, dim_out: int) -> None:
         super().__init__()
-        _check_widths(dim_in=dim_in, dim_out=dim_out)
+        check_widths(dim_in=dim_in, dim_out=dim_out)
         self.linear = nn.Linear(dim_in, dim_out)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Returns (..., dim_out) of (..., dim_in)."""
         found: Tensor = self.linear(tokens)
         return found
+
+    def last_layers(self) -> tuple[nn.Linear, ...]:
+        """Returns the layers whose outputs sum to what it gives."""
+        return (self.linear,)
 
 
 @dataclass(frozen=True)
@@ -183,7 +191,7 @@ class BevHead(nn.Module):
         lifted: int = 64,
     ) -> None:
         super().__init__()
-        _check_widths(dim_in=dim_in, dim_out=dim_out, hidden=hidden, lifted=lifted)
+        check_widths(dim_in=dim_in, dim_out=dim_out, hidden=hidden, lifted=lifted)
         if not heights_m or not all(math.isfinite(height) for height in heights_m):
             raise ManifestError(
                 f"heights_m must hold at least one finite height, got "
@@ -234,6 +242,10 @@ class BevHead(nn.Module):
             cells_BRKC = block(cells_BRKC)
         prediction_BRKC = self.out(self.norm(cells_BRKC))
         return prediction_BRKC, visible_BRKZ.any(-1)
+
+    def last_layers(self) -> tuple[nn.Linear, ...]:
+        """Returns the layers whose outputs sum to what it gives."""
+        return (self.out,)
 
     def lift(
         self,
@@ -305,7 +317,8 @@ def _centres(ends: tuple[float, float], cells: int, descending: bool) -> Tensor:
     return centres.flip(0) if descending else centres
 
 
-def _check_widths(**widths: int) -> None:
+def check_widths(**widths: int) -> None:
+    """Raises ManifestError where a width is below 1."""
     for name, width in widths.items():
         if width < 1:
             raise ManifestError(

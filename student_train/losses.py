@@ -1,7 +1,7 @@
 """Losses between what a head predicts and what a bank or a label says.
 
-Owns the formulas, the masking and the averaging, and the registry by which a recipe
-names losses and their parameters. Targets come standardised (or not) and on the
+Owns the formulas, the masking and the averaging; `student_train.loss_terms` owns the
+names by which a recipe calls them. Targets come standardised (or not) and on the
 prediction's grid: see `student_train.grids` for the order.
 
 All of them compute in float32 whatever the inputs' dtype and with autocast off (a
@@ -13,24 +13,21 @@ Shape suffixes: B images, H and W grid, C channels or classes. ``...`` is B or B
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from types import MappingProxyType
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manifests.errors import ManifestError
+from student_train.devices import without_autocast
 
 #: Vectors shorter than this are treated as having this length in a cosine.
 COSINE_EPS = 1e-6
 
-TargetKind = Literal["features", "logits", "classes", "numbers"]
+# Squared lengths below this have no gradient: that of a root is without bound at 0.
+_LEAST_SQUARE = 1e-12
 
 
 def cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
@@ -47,6 +44,66 @@ def cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     Source: EUPE (arXiv 2603.22387) equations 4 and 5.
     """
     return _per_image(_cosine_cells, prediction, target, mask)
+
+
+def map_cosine(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Returns 1 - cos of each image's whole map as one vector: (B,).
+
+    Long tokens weigh more than short ones, unlike in `cosine`. Tokens that do not count
+    are no part of the vector.
+
+    Args:
+        prediction: (..., C), any float dtype.
+        target: (..., C), any float dtype.
+        mask: (...) bool, which tokens count.
+
+    Source: Theia (arXiv 2407.20179), as its released code takes the cosine.
+    """
+    _check_shapes(prediction, target, mask, True)
+    with without_autocast(prediction.device):
+        mask_1 = mask.unsqueeze(-1)
+        maps = (
+            torch.where(mask_1, one.float(), 0.0).flatten(1)
+            for one in (prediction, target)
+        )
+        return torch.where(valid_images(mask), _cosine_cells(*maps), 0.0)
+
+
+def angle(
+    prediction: Tensor, target: Tensor, mask: Tensor, *, dispersion: Tensor | float
+) -> Tensor:
+    """Returns the squared angle over the teacher's dispersion, per image: (B,).
+
+    1 is as far off as the teacher's own vectors are from their mean direction, so that
+    teachers of narrow and of wide cones count alike. A vector of length 0 is at a right
+    angle to all.
+
+    Args:
+        prediction: (..., C), any float dtype.
+        target: (..., C), any float dtype, as the teacher gave it.
+        mask: (...) bool, which vectors count.
+        dispersion: mean squared angle of the teacher's vectors to their mean direction,
+            radians squared, above 0.
+
+    Source: C-RADIOv4 (2026), its summary loss theta(x, y)^2 / Disp(theta_y).
+    """
+    cells = partial(_angle_cells, dispersion=dispersion)
+    return _per_image(cells, prediction, target, mask)
+
+
+def unit_l2(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Returns the distance between unit vectors, averaged per image: (B,).
+
+    The distance itself, not its square: between 0 and 2.
+
+    Args:
+        prediction: (..., C), any float dtype.
+        target: (..., C), any float dtype.
+        mask: (...) bool, which vectors count.
+
+    Source: Puy et al., ScaLR (CVPR 2024, arXiv 2310.17504), its distillation loss.
+    """
+    return _per_image(_unit_l2_cells, prediction, target, mask)
 
 
 def smooth_l1(
@@ -156,166 +213,6 @@ def reduce(
     return total / torch.where(count > 0, count, 1.0)
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """What a loss's parameter may be.
-
-    Attributes:
-        rule: in words, after "must".
-        holds: whether a finite value keeps the rule.
-    """
-
-    rule: str
-    holds: Callable[[float], bool]
-
-
-@dataclass(frozen=True)
-class LossFunction:
-    """A loss as recipes know it; called as (prediction, target, mask, **parameters).
-
-    Attributes:
-        function: the formula.
-        targets: the kinds of target it takes: ``features`` and ``numbers`` are float
-            values, ``logits`` a teacher's logits, ``classes`` class numbers.
-        parameters: name and rule of each; their defaults are the function's own.
-    """
-
-    function: Callable[..., Tensor]
-    targets: tuple[TargetKind, ...]
-    parameters: Mapping[str, Parameter] = field(default_factory=dict)
-
-    def __call__(
-        self, prediction: Tensor, target: Tensor, mask: Tensor, **parameters: float
-    ) -> Tensor:
-        """Returns the loss per image: (B,) float32."""
-        return self.function(prediction, target, mask, **parameters)
-
-    @property
-    def defaults(self) -> dict[str, float]:
-        """Each parameter's value where a recipe does not say."""
-        signature = inspect.signature(self.function)
-        return {name: signature.parameters[name].default for name in self.parameters}
-
-
-_AT_LEAST_0 = Parameter("be at least 0", lambda value: value >= 0)
-_ABOVE_0 = Parameter("be above 0", lambda value: value > 0)
-_SHARE = Parameter("be at least 0 and below 1", lambda value: 0 <= value < 1)
-
-#: The losses that a recipe can name.
-LOSSES: Mapping[str, LossFunction] = MappingProxyType(
-    {
-        "cosine": LossFunction(cosine, ("features",)),
-        "smooth_l1": LossFunction(
-            smooth_l1, ("features", "numbers"), {"beta": _ABOVE_0}
-        ),
-        "mse": LossFunction(mse, ("features", "logits", "numbers")),
-        "l1": LossFunction(l1, ("features", "numbers")),
-        "kl": LossFunction(kl, ("logits",), {"temperature": _ABOVE_0}),
-        "cross_entropy": LossFunction(
-            cross_entropy, ("classes",), {"label_smoothing": _SHARE}
-        ),
-    }
-)
-
-
-@dataclass(frozen=True)
-class LossTerm:
-    """One weighted loss of a recipe; called as (prediction, target, mask).
-
-    Attributes:
-        name: in `LOSSES`.
-        weight: what the trainer multiplies it by; the call does not, so that logs show
-            losses that compare across weights.
-        parameters: all of the loss's parameters, defaults filled in.
-    """
-
-    name: str
-    weight: float
-    parameters: Mapping[str, float]
-
-    def __call__(self, prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
-        """Returns the unweighted loss per image: (B,) float32."""
-        return LOSSES[self.name](prediction, target, mask, **self.parameters)
-
-
-def parse_terms(
-    losses: Mapping[str, float | Mapping[str, float]],
-    target: TargetKind,
-    where: str,
-) -> tuple[LossTerm, ...]:
-    """Returns the terms of a recipe's ``loss``, checked, in its order.
-
-    Args:
-        losses: name to weight, or to ``weight`` (1 if left out) and parameters, such as
-            ``{cosine: 0.9, smooth_l1: {weight: 0.1, beta: 2.0}}``.
-        target: what they are computed against.
-        where: of the mapping in the recipe, for messages.
-
-    Raises:
-        ManifestError: none named, an unknown loss or parameter, a loss that does not
-            take that target, or a value against its rule.
-    """
-    if not losses:
-        raise ManifestError(
-            f"a target's loss must name at least one loss, got none ({where}); "
-            f"known are {_listed(LOSSES)}"
-        )
-    return tuple(
-        _parse_term(name, given, target, f"{where}.{name}")
-        for name, given in losses.items()
-    )
-
-
-def _parse_term(
-    name: str, given: float | Mapping[str, float], target: TargetKind, where: str
-) -> LossTerm:
-    if name not in LOSSES:
-        raise ManifestError(
-            f"a loss must be one of {_listed(LOSSES)}, got {name} ({where}); "
-            "name one of these"
-        )
-    loss = LOSSES[name]
-    if target not in loss.targets:
-        fitting = _listed(key for key in LOSSES if target in LOSSES[key].targets)
-        raise ManifestError(
-            f"the loss of a target of {target} must take {target}, got {name}, which "
-            f"takes {_listed(loss.targets)} ({where}); use one of {fitting}"
-        )
-    values = dict(given) if isinstance(given, Mapping) else {"weight": given}
-    allowed = {"weight": _AT_LEAST_0, **loss.parameters}
-    for key, value in values.items():
-        if key not in allowed:
-            raise ManifestError(
-                f"a parameter of {name} must be one of {_listed(allowed)}, got {key} "
-                f"({where}); remove it or correct its name"
-            )
-        _check_value(key, value, allowed[key], where)
-    weight = values.pop("weight", 1.0)
-    parameters = {**loss.defaults, **values}
-    return LossTerm(
-        name,
-        float(weight),
-        MappingProxyType({key: float(value) for key, value in parameters.items()}),
-    )
-
-
-def _check_value(key: str, value: object, parameter: Parameter, where: str) -> None:
-    if (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and parameter.holds(value)
-    ):
-        return
-    raise ManifestError(
-        f"{key} must {parameter.rule}, got {value!r} ({where}.{key}); correct it"
-    )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
-
-
 def _per_image(
     cells: Callable[[Tensor, Tensor], Tensor],
     prediction: Tensor,
@@ -334,7 +231,7 @@ def _per_image(
     """
     _check_shapes(prediction, target, mask, target_has_channels)
     mask_1 = mask.unsqueeze(-1)
-    with torch.autocast(prediction.device.type, enabled=False):
+    with without_autocast(prediction.device):
         # Before the arithmetic: NaN times 0 is NaN, in values and in gradients.
         prediction = torch.where(mask_1, prediction.float(), 0.0)
         if target_has_channels:
@@ -370,6 +267,27 @@ def _cosine_cells(prediction: Tensor, target: Tensor) -> Tensor:
     unit_prediction = F.normalize(prediction, dim=-1, eps=COSINE_EPS)
     unit_target = F.normalize(target, dim=-1, eps=COSINE_EPS)
     return 1 - (unit_prediction * unit_target).sum(-1)
+
+
+def _angle_cells(
+    prediction: Tensor, target: Tensor, dispersion: Tensor | float
+) -> Tensor:
+    # Kahan's form: the arc cosine has no gradient at 0 and loses half the digits there.
+    apart = _distance(prediction, target)
+    along = _distance(prediction, -target)
+    return (2 * torch.atan2(apart, along)).square() / dispersion
+
+
+def _unit_l2_cells(prediction: Tensor, target: Tensor) -> Tensor:
+    return _distance(prediction, target)
+
+
+def _distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """Returns the distance between the directions of two vectors: (...)."""
+    unit_prediction = F.normalize(prediction, dim=-1, eps=COSINE_EPS)
+    unit_target = F.normalize(target, dim=-1, eps=COSINE_EPS)
+    squared = (unit_prediction - unit_target).square().sum(-1)
+    return squared.clamp(min=_LEAST_SQUARE).sqrt()
 
 
 def _smooth_l1_cells(prediction: Tensor, target: Tensor, beta: float) -> Tensor:

@@ -1,107 +1,217 @@
-"""What a student is trained for: a head and a loss per target.
+"""What a student is trained for: a head and a loss per target, weighed against others.
 
-Shape suffixes: B images, H and W grid of the view, R and K rows and columns of a
-bird's-eye grid, C channels.
+Order of a patch loss: decode, normalise, bring both onto one grid, then the loss, mean
+over valid cells, then over valid images. Shape suffixes: B images, H and W grid of the
+view, R and K rows and columns of a bird's-eye grid, C channels, T targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from student_train.batches import Batch
+from manifests.target import BalanceConfig
+from pipeline.bank.open import Bank
+from student_train.balance import TeacherDropping
+from student_train.batches import Batch, Cameras
 from student_train.errors import TrainingError
 from student_train.features import Student, StudentFeatures
 from student_train.grids import match_grids, resize_grid
-from student_train.heads import Adapter, BevGrid, BevHead, LinearHead
 from student_train.inputs import Size
 from student_train.losses import reduce, valid_images
+from student_train.target_space import TargetSpace
+from student_train.task_heads import TokenKind, Wanted, head_kind, tokens_of
 from student_train.tasks import Task
 
-# Cells of a bird's-eye head for a label, where the recipe does not say.
-_BEV_CELLS = (32, 32)
-# Channels that a camera's cells are brought to before they are lifted, at most.
-_BEV_LIFTED = 64
+# What heads have made of features, by head and kind of tokens.
+_Made = dict[tuple[str, TokenKind], Tensor]
+
+_NORMALISER = "normaliser"
+_DROP_P = 0.5
 
 
 class Objective(nn.Module):
-    """Heads and losses of all targets.
+    """Heads, normalisations and losses of all targets.
 
     Attributes:
         tasks: the targets.
         heads: by target; those that use another's are not among them.
+        spaces: by target of features: what is kept of the bank's statistics.
+        needs_layers: whether a head looks at the student's layers.
+        total_of: from the (T,) numbers of images that count for each target here, to
+            what sums are divided by. With several ranks: the all-reduced numbers
+            divided by the number of ranks, as gradients are averaged over them.
     """
 
-    def __init__(self, tasks: Sequence[Task], student: Student) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        student: Student,
+        balance: BalanceConfig | None = None,
+        seed: int = 0,
+    ) -> None:
         """Makes the heads, from torch's global generator.
 
+        Args:
+            tasks: the targets.
+            student: whose features are learned with.
+            balance: between teachers; fixed if omitted.
+            seed: of its draws.
+
         Raises:
-            TrainingError: the student has not the tokens that a target asks for.
+            TrainingError: the student has not the tokens that a target asks for, or a
+                head that cannot look at them.
+            ManifestError: an unknown head, or a field of another one.
         """
         super().__init__()
         self.tasks = tuple(tasks)
-        self._input_tokens = {task.name: _tokens(task, student) for task in tasks}
+        self.total_of: Callable[[Tensor], Tensor] = lambda counts_T: counts_T
+        self._tokens = {task.name: tokens_of(task, student) for task in tasks}
         self._head_of = {
             task.name: task.config.head.same_as or task.name for task in tasks
         }
-        self._check_shared()
+        by_name = {task.name: task for task in tasks}
+        self._kinds = {
+            name: head_kind(by_name[name].config.head, f"targets.{name}.head")
+            for name in dict.fromkeys(self._head_of.values())
+        }
+        self.needs_layers = any(kind.needs_layers for kind in self._kinds.values())
+        self._check_shared(by_name)
         self.heads = nn.ModuleDict(
             {
-                task.name: _make_head(task, self._input_tokens[task.name], student)
-                for task in tasks
-                if self._head_of[task.name] == task.name
+                name: kind.make(Wanted(by_name[name], self._tokens[name], student))
+                for name, kind in self._kinds.items()
             }
         )
+        self.spaces = nn.ModuleDict(
+            {task.name: TargetSpace(task) for task in tasks if task.kind == "features"}
+        )
+        self._dropping = None
+        if balance is not None and balance.kind == "drop_teachers":
+            chance = _DROP_P if balance.p is None else balance.p
+            self._dropping = TeacherDropping(tasks, chance, seed)
 
-    def _check_shared(self) -> None:
+    def _check_shared(self, tasks: Mapping[str, Task]) -> None:
         """Refuses a shared head that its second target cannot use."""
-        tasks = {task.name: task for task in self.tasks}
         for task in self.tasks:
             other = tasks[self._head_of[task.name]]
-            tokens = self._input_tokens[task.name], self._input_tokens[other.name]
-            if tokens[0] != tokens[1] or task.width != other.width:
+            tokens = self._tokens[task.name], self._tokens[other.name]
+            is_same = tokens[0] == tokens[1] or self._kinds[other.name].gives_all
+            if not is_same or task.width != other.width:
                 raise TrainingError(
                     f"targets.{task.name}.head.same_as must name a target of its own "
                     f"tokens and width ({tokens[0]}, {task.width}), got {other.name} "
                     f"({tokens[1]}, {other.width}); set `tokens`, or give it a head"
                 )
 
+    def fit(self, bank: Bank) -> None:
+        """Takes the numbers of normalisations and losses from the bank's statistics.
+
+        Once, when a run begins: afterwards they come from its checkpoints.
+
+        Raises:
+            TrainingError: the bank has not what is asked for of an output.
+            BankError: its statistics cannot be read.
+        """
+        for task in self.tasks:
+            if task.name in self.spaces:
+                self._space(task).fit(task, bank)
+
+    def _space(self, task: Task) -> TargetSpace:
+        space = self.spaces[task.name]
+        assert isinstance(space, TargetSpace)
+        return space
+
+    # Learning.
+
     def forward(
         self, features: StudentFeatures, batch: Batch, input_name: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the whole loss and each target's share of it, before its weight.
 
+        Shares are means over all valid images, also of those that balance leaves out,
+        so that they compare from step to step.
+
         Args:
-            features: of the student.
+            features: of the student, with its layers where `needs_layers`.
             batch: what they are compared with.
             input_name: the student's input.
         """
-        size_hw = (
-            batch.inputs[input_name].shape[1],
-            batch.inputs[input_name].shape[2],
-        )
-        shares = {}
+        pixels = batch.inputs[input_name]
+        size_hw = (pixels.shape[1], pixels.shape[2])
+        camera = batch.cameras.get(input_name)
+        per_image, valid = {}, {}
+        made: _Made = {}
         for task in self.tasks:
-            tokens = getattr(features, self._input_tokens[task.name])
-            head = self.heads[self._head_of[task.name]]
-            if task.shape == "bev":
-                camera = batch.cameras[input_name]
-                prediction, visible = head(
-                    tokens, camera.intrinsics, camera.lidar2cam, size_hw
-                )
-            else:
-                prediction, visible = head(tokens), None
-            shares[task.name] = self._loss(task, prediction, visible, batch)
+            prediction, visible = self.predict(task, features, camera, size_hw, made)
+            per_image[task.name], valid[task.name] = self._loss(
+                task, prediction, visible, batch
+            )
+        kept = valid
+        if self._dropping is not None:
+            kept = self._dropping.kept(per_image, valid, batch)
+        counts_T = torch.stack([kept[task.name].sum() for task in self.tasks])
+        totals_T = self.total_of(counts_T.float())
         total = torch.stack(
-            [task.config.weight * shares[task.name] for task in self.tasks]
+            [
+                task.config.weight
+                * reduce(per_image[task.name], kept[task.name], count)
+                for task, count in zip(self.tasks, totals_T, strict=True)
+            ]
         ).sum()
-        return total, {name: share.detach() for name, share in shares.items()}
+        shares = {
+            name: reduce(one.detach(), valid[name]) for name, one in per_image.items()
+        }
+        return total, shares
+
+    def predict(
+        self,
+        task: Task,
+        features: StudentFeatures,
+        camera: Cameras | None,
+        size_hw: Size,
+        made: _Made | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Returns what a target's head makes of the student's features.
+
+        Args:
+            task: the target.
+            features: of the student, with its layers where `needs_layers`.
+            camera: calibration of its input; for bird's-eye heads.
+            size_hw: height and width of its input.
+            made: what heads have made of these features already; added to.
+
+        Returns:
+            prediction (B, C) or (B, H, W, C), normalised as its target is; which cells
+            the camera sees (B, R, K) bool, None where all count.
+        """
+        name = self._head_of[task.name]
+        if task.shape == "bev":
+            assert camera is not None
+            prediction, visible = self.heads[name](
+                features.patch, camera.intrinsics, camera.lidar2cam, size_hw
+            )
+            return prediction, visible
+        tokens, made = self._tokens[task.name], {} if made is None else made
+        if (name, tokens) not in made:
+            found = self._kinds[name].run(self.heads[name], features, tokens)
+            made.update({(name, kind): one for kind, one in found.items()})
+        return made[name, tokens], None
+
+    def undo(self, task: Task, prediction: Tensor) -> Tensor:
+        """Returns predictions (..., C) as the teacher would have given them."""
+        if task.name not in self.spaces:
+            return prediction
+        normaliser = self._space(task).normaliser
+        return prediction if normaliser is None else normaliser.undo(prediction)
 
     def _loss(
         self, task: Task, prediction: Tensor, visible: Tensor | None, batch: Batch
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the loss of each image (B,), and which are valid: (B,) bool."""
+        statistics: Mapping[str, Tensor] = {}
         if task.label is not None:
             target, mask = _label(task, batch)
             if task.shape != "vector":
@@ -110,8 +220,10 @@ class Objective(nn.Module):
                 )
         else:
             found = batch.targets[task.name]
-            target = found.values()
-            mask = found.valid
+            target, mask = found.values(task.temperature), found.valid
+            if task.name in self.spaces:
+                space = self._space(task)
+                target, statistics = space(target), space.statistics
             if task.shape != "vector":
                 mask = mask[:, None, None].expand(target.shape[:3])
                 prediction, target, mask = match_grids(
@@ -120,9 +232,49 @@ class Objective(nn.Module):
         if visible is not None:
             mask = mask & _nearest(visible, (mask.shape[1], mask.shape[2]))
         per_image = torch.stack(
-            [term.weight * term(prediction, target, mask) for term in task.terms]
+            [
+                term.weight * term(prediction, target, mask, statistics)
+                for term in task.terms
+            ]
         ).sum(0)
-        return reduce(per_image, valid_images(mask))
+        return per_image, valid_images(mask)
+
+    # What is kept when training is done.
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Returns heads by target, and ``<target>.normaliser.<number>``."""
+        found: dict[str, Tensor] = dict(self.heads.state_dict())
+        for task in self.tasks:
+            if task.name in self.spaces:
+                normaliser = self._space(task).normaliser
+                numbers = {} if normaliser is None else normaliser.state_dict()
+                for name, one in numbers.items():
+                    found[f"{task.name}.{_NORMALISER}.{name}"] = one
+        return found
+
+    def load_head_state(self, state: Mapping[str, Tensor]) -> None:
+        """Takes what `head_state` gave.
+
+        Raises:
+            RuntimeError: it is of other heads.
+        """
+        own = {name: one for name, one in state.items() if f".{_NORMALISER}." in name}
+        self.heads.load_state_dict(
+            {name: one for name, one in state.items() if name not in own}
+        )
+        for task in self.tasks:
+            normaliser = (
+                self._space(task).normaliser if task.name in self.spaces else None
+            )
+            if normaliser is not None:
+                prefix = f"{task.name}.{_NORMALISER}."
+                normaliser.load_state_dict(
+                    {
+                        name.removeprefix(prefix): one
+                        for name, one in own.items()
+                        if name.startswith(prefix)
+                    }
+                )
 
 
 def _label(task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -142,42 +294,3 @@ def _nearest(mask_BHW: Tensor, size: Size) -> Tensor:
         mask_BHW[:, None].float(), size, mode="nearest-exact"
     )
     return resized[:, 0] > 0
-
-
-def _tokens(task: Task, student: Student) -> str:
-    """Returns which of the student's tokens a target is learned from."""
-    chosen = task.config.tokens
-    if task.shape != "vector":
-        chosen = "patch"
-    elif chosen is None:
-        chosen = (
-            "cls" if student.cls_dim is not None and task.label is None else "pooled"
-        )
-    if getattr(student, f"{chosen}_dim") is None:
-        raise TrainingError(
-            f"targets.{task.name} must be learned from tokens that the student has, "
-            f"got {chosen}, which it has not; choose another student or `tokens`"
-        )
-    return chosen
-
-
-def _make_head(task: Task, tokens: str, student: Student) -> nn.Module:
-    config = task.config.head
-    width = int(getattr(student, f"{tokens}_dim"))
-    hidden = config.hidden or 4 * width
-    if config.kind == "adapter":
-        return Adapter(width, task.width, hidden)
-    if config.kind == "linear":
-        return LinearHead(width, task.width)
-    assert task.extent is not None
-    extent = task.extent
-    grid = BevGrid(
-        x_m=extent.x_m,
-        y_m=extent.y_m,
-        cells=config.cells or task.grid or _BEV_CELLS,
-        row_0=extent.row_0,
-        column_0=extent.column_0,
-    )
-    return BevHead(
-        width, task.width, hidden, grid, config.heights_m, min(hidden, _BEV_LIFTED)
-    )

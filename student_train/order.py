@@ -21,13 +21,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.bank.statistics import mixed_bits
 from student_train.errors import TrainingError
 
 Int64s = npt.NDArray[np.int64]
 
 _KEPT_BLOCKS = 2
 
-_BLOCKS, _ROWS, _VIEWS, _STEPS = range(4)
+_BLOCKS, _ROWS, _VIEWS, _STEPS, _DRAWS = range(5)
 
 
 def _words(
@@ -77,6 +78,26 @@ def view_of(block: int, epoch: int, num_views: int, seed: int) -> int:
 def draw_size(num_sizes: int, seed: int, stage: int, step: int) -> int:
     """Returns which of several input sizes a step has, by (seed, stage, step) alone."""
     return int(_words(seed, stage, _STEPS, step, 1)[0] % np.uint64(num_sizes))
+
+
+def row_draws(
+    seed: int, epoch: int, step: int, rows: Int64s, count: int
+) -> npt.NDArray[np.float64]:
+    """Returns ``count`` uniform draws in [0, 1) for each row of a batch: (count, B).
+
+    A row's draws depend on (seed, epoch, step) and its number alone, whoever holds it
+    and wherever it stands in the batch.
+
+    Args:
+        seed: of the draws.
+        epoch, step: which batch.
+        rows: (B,) numbers of rows in the bank.
+        count: draws of each row.
+    """
+    keys = _words(seed, epoch, _DRAWS, step, count)
+    words = mixed_bits(mixed_bits(rows.astype(np.uint64)) ^ keys[:, None])
+    # 53 bits are what a float64 holds.
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 @dataclass(frozen=True)

@@ -21,41 +21,11 @@ from manifests.bank import OutputEntry
 from pipeline.bank.encoding import Encoding
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.open import Bank
-from pipeline.bank.statistics import floored_std
 from pipeline.bank.tiny import Tiny
 from pipeline.bank.topk import TopK
 from student_train.errors import TrainingError
+from student_train.normalisation import Normaliser
 from student_train.padding import Padding, spread_picture
-
-
-@dataclass(frozen=True, eq=False)
-class Normaliser:
-    """(values - mean) / std over the last axis.
-
-    Attributes:
-        mean, std: (C,) float32; std is floored as the bank says.
-
-    Source: EUPE section 3.3; the floor is DESIGN section 3, rule 11.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    @classmethod
-    def of(
-        cls, mean: npt.NDArray[np.float64], variance: npt.NDArray[np.float64]
-    ) -> Normaliser:
-        """Returns the normaliser of an output's statistics, (C,) each."""
-        std = floored_std(variance)
-        return cls(
-            torch.from_numpy(mean.astype(np.float32)),
-            torch.from_numpy(std.astype(np.float32)),
-        )
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """Returns float32 values (..., C), standardised."""
-        mean, std = self.mean.to(values.device), self.std.to(values.device)
-        return (values - mean).div_(std)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +53,7 @@ class TargetSource:
         """
         normaliser = None
         if normalise:
-            found = bank.statistics(path)
-            normaliser = Normaliser.of(found["mean"], found["variance"])
+            normaliser = Normaliser.of("standardise", bank.statistics(path))
         return cls(path, bank.output(path), normaliser, Padding.of(bank, path))
 
     @property
@@ -118,14 +87,20 @@ class Target:
     valid: Tensor
     shares: Tensor | None = None
 
-    def values(self) -> Tensor:
+    def values(self, temperature: float | None = None) -> Tensor:
         """Returns (B, *source.row_shape) float32, normalised; invalid rows are NaN.
 
         A grid lies on the view's box, also where the teacher's input was padded.
+
+        Args:
+            temperature: at which the mass of top-k's other logits is kept; the first
+                that is stored where omitted.
         """
-        decoded = decode(self.source.encoding, self.arrays)
+        decoded = decode(self.source.encoding, self.arrays, temperature)
         normaliser = self.source.normaliser
-        values = decoded if normaliser is None else normaliser(decoded)
+        values = (
+            decoded if normaliser is None else normaliser.to(decoded.device)(decoded)
+        )
         padding = self.source.padding
         if padding is None or self.shares is None:
             return values
@@ -163,20 +138,25 @@ def as_stored(
     return tensor
 
 
-def decode(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
+def decode(
+    encoding: Encoding, arrays: Mapping[str, Tensor], temperature: float | None = None
+) -> Tensor:
     """Returns float32 (B, *shape) of stored values; missing rows are NaN.
 
     Args:
         encoding: how they are stored.
         arrays: from each of its suffixes to the stored rows, on any device.
+        temperature: one of those of top-k; the first where omitted.
 
     Raises:
         TrainingError: no decoding of that encoding is known here.
     """
+    if isinstance(encoding, TopK):
+        return _decode_topk(encoding, arrays, temperature)
     decoder = _DECODERS.get(encoding.preset)
     if decoder is None:
         raise TrainingError(
-            f"encoding of a target must be one of {sorted(_DECODERS)}, got "
+            f"encoding of a target must be one of {sorted([*_DECODERS, 'topk'])}, got "
             f"{encoding.preset!r} (output {encoding.name})"
         )
     return decoder(encoding, arrays)
@@ -186,9 +166,10 @@ def _decode_plain(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
     return arrays[""].to(torch.float32)
 
 
-def _decode_topk(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
+def _decode_topk(
+    encoding: TopK, arrays: Mapping[str, Tensor], wanted: float | None
+) -> Tensor:
     """Returns dense logits: the k largest, the others alike with their mass kept."""
-    assert isinstance(encoding, TopK)
     value = arrays["_value"].to(torch.float32)
     index = arrays["_index"].to(torch.int64)
     missing = value[..., :1].isnan()
@@ -196,8 +177,9 @@ def _decode_topk(encoding: Encoding, arrays: Mapping[str, Tensor]) -> Tensor:
     shape = (*index.shape[:-1], encoding.num_classes)
     num_others = encoding.num_classes - encoding.topk
     if num_others:
-        temperature = encoding.temperatures[0]
-        rest = arrays["_rest"][..., :1].to(torch.float64)
+        temperature = encoding.temperatures[0] if wanted is None else wanted
+        column = encoding.temperatures.index(temperature)
+        rest = arrays["_rest"][..., column : column + 1].to(torch.float64)
         tail = temperature * (rest - math.log(num_others))
         # Rounding must not lift the others above the smallest logit that is kept.
         tail = torch.minimum(tail.to(torch.float32), value[..., -1:])
@@ -246,7 +228,6 @@ _DECODERS: dict[str, Callable[[Encoding, Mapping[str, Tensor]], Tensor]] = {
     "half": _decode_plain,
     "compact": _decode_compact,
     "tiny": _decode_tiny,
-    "topk": _decode_topk,
 }
 
 

@@ -10,21 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from manifests.bank import is_logits
-from manifests.recipe import (
-    DATA,
-    LABELS,
-    DataConfig,
-    MapLabel,
-    Recipe,
-    TargetConfig,
-)
+from manifests.bank import OutputEntry, is_logits
+from manifests.recipe import DATA, LABELS, DataConfig, MapLabel, Recipe
+from manifests.target import NormaliseRule, TargetConfig
 from manifests.teacher import BevExtent
+from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.open import Bank
 from pipeline.bank.record import view_policy_of
+from pipeline.bank.topk import TopK
 from student_train.errors import TrainingError
 from student_train.inputs import Size, image_input
-from student_train.losses import LossTerm, TargetKind, parse_terms
+from student_train.loss_terms import LossTerm, TargetKind, parse_terms
+from student_train.padding import Padding
 from student_train.reading import Reading
 from student_train.targets import find_output
 
@@ -46,6 +43,9 @@ class Task:
         label: name of the label; None for an output.
         grid: cells of the teacher's grid; None for vectors and labels.
         extent: of a bird's-eye grid.
+        normalise: rule of a feature's normalisation.
+        temperature: at which the mass of logits that are not stored is known; None
+            where all are stored.
     """
 
     name: str
@@ -58,6 +58,19 @@ class Task:
     label: str | None = None
     grid: Size | None = None
     extent: BevExtent | None = None
+    normalise: NormaliseRule = "none"
+    temperature: float | None = None
+
+    @property
+    def teacher(self) -> str | None:
+        """Name of the teacher in the bank; None for a label."""
+        return None if self.path is None else self.path.split("/")[0]
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The statistics of the bank that its loss is computed with."""
+        names = [name for term in self.terms for name in term.loss.statistics]
+        return tuple(dict.fromkeys(names))
 
 
 def resolve_tasks(recipe: Recipe, bank: Bank) -> tuple[Task, ...]:
@@ -85,6 +98,7 @@ def resolve_tasks(recipe: Recipe, bank: Bank) -> tuple[Task, ...]:
         else:
             task = _output_task(name, config, rest, recipe, bank, where)
         _check_head(task, recipe, bank)
+        _check_normalise(task)
         tasks.append(task)
     labels = [(task.label, task.shape == "vector") for task in tasks if task.label]
     clash = sorted(
@@ -100,7 +114,8 @@ def resolve_tasks(recipe: Recipe, bank: Bank) -> tuple[Task, ...]:
 
 def _terms(name: str, config: TargetConfig, kind: TargetKind) -> tuple[LossTerm, ...]:
     losses = {
-        loss: one.model_dump(exclude_none=True) for loss, one in config.loss.items()
+        loss: {**one.model_dump(exclude_none=True, exclude={"args"}), **one.args}
+        for loss, one in config.loss.items()
     }
     return parse_terms(losses, kind, f"targets.{name}.loss")
 
@@ -198,17 +213,73 @@ def _output_task(
                 f"teacher on {recipe.student.input}, a vector, or give the output its "
                 "`extent` in the job and use a bev head"
             )
+    terms = _terms(name, config, kind)
+    padding = Padding.of(bank, path)
+    grid = (entry.shape[0], entry.shape[1]) if entry.kind == "grid" else None
+    rule: NormaliseRule = "none"
+    if kind == "features":
+        rule = config.normalise or recipe.normalise
     return Task(
         name,
         config,
         kind,
         shape,
         entry.shape[-1],
-        _terms(name, config, kind),
+        terms,
         path=path,
-        grid=None if entry.kind == "vector" else (entry.shape[0], entry.shape[1]),
+        grid=grid if padding is None else padding.grid,
         extent=extent,
+        normalise=rule,
+        temperature=_temperature(entry, terms, f"targets.{name}"),
     )
+
+
+def _temperature(
+    entry: OutputEntry, terms: tuple[LossTerm, ...], where: str
+) -> float | None:
+    """Returns the temperature at which logits are decoded, None where all are stored.
+
+    Raises:
+        TrainingError: a loss that needs all logits, or their mass at a temperature that
+            the bank has not.
+    """
+    encoding = encoding_from_json(entry.encoding)
+    if not isinstance(encoding, TopK) or encoding.topk == encoding.num_classes:
+        return None
+    what = f"the bank keeps {encoding.topk} of {encoding.num_classes} logits"
+    for term in terms:
+        if term.name != "kl":
+            raise TrainingError(
+                f"{where}.loss must be kl where not all logits are stored, got "
+                f"{term.name} ({what}); use kl"
+            )
+        temperature = term.parameters["temperature"]
+        if temperature not in encoding.temperatures:
+            known = ", ".join(f"{one:g}" for one in encoding.temperatures)
+            raise TrainingError(
+                f"{where}.loss.kl.temperature must be one of {known}, got "
+                f"{temperature:g}: {what}, and the mass of the others at these "
+                "temperatures alone; take one of them, or add it to the job's "
+                "`temperatures` under another output"
+            )
+    return terms[0].parameters["temperature"]
+
+
+def _check_normalise(task: Task) -> None:
+    """Refuses what a target's values cannot be normalised for."""
+    where = f"targets.{task.name}"
+    if task.kind != "features" and task.config.normalise not in (None, "none"):
+        raise TrainingError(
+            f"{where}.normalise must be left out for {task.kind}, which are learned as "
+            f"they are, got {task.config.normalise}"
+        )
+    if task.statistics and task.normalise != "none":
+        names = [term.name for term in task.terms if term.loss.statistics]
+        raise TrainingError(
+            f"{where}.normalise must be none for the loss {names[0]}, whose "
+            f"{', '.join(task.statistics)} the bank has of features as they are, got "
+            f"{task.normalise}; add `normalise: none` to the target"
+        )
 
 
 def _check_head(task: Task, recipe: Recipe, bank: Bank) -> None:
@@ -225,6 +296,11 @@ def _check_head(task: Task, recipe: Recipe, bank: Bank) -> None:
         wanted = "cls or pooled" if is_vector else "patch"
         raise TrainingError(
             f"{where}.tokens must be {wanted} for a {task.shape}, got {config.tokens}"
+        )
+    if config.grid == "coincide" and (task.shape != "grid" or task.path is None):
+        raise TrainingError(
+            f"{where}.grid must be larger, smaller, student or teacher for what is no "
+            "grid of a teacher on the student's image, got coincide; leave it out"
         )
     policy = view_policy_of(bank.record)
     moves_sweep = policy.flips or policy.yaw_rad or policy.point_scale != (1.0, 1.0)
@@ -254,11 +330,6 @@ def reading_of(recipe: Recipe, tasks: tuple[Task, ...], sizes: list[Size]) -> Re
     features: Mapping[str, str] = {
         task.name: task.path for task in tasks if task.path is not None
     }
-    standardised = frozenset(
-        task.name
-        for task in tasks
-        if task.kind == "features" and recipe.normalise == "standardise"
-    )
     has_bev = any(task.shape == "bev" for task in tasks)
     return Reading(
         inputs={student.input: sizes[0] if len(sizes) == 1 else sizes},
@@ -266,7 +337,8 @@ def reading_of(recipe: Recipe, tasks: tuple[Task, ...], sizes: list[Size]) -> Re
         labels=tuple(dict.fromkeys(scalars)),
         maps=maps,
         cameras=(student.input,) if has_bev else (),
-        normalise=standardised,
+        # By the objective, whose numbers a checkpoint holds.
+        normalise=frozenset(),
         interpolation=student.interpolation,
         stored=recipe.data.inputs == "bank",
     )

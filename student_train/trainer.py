@@ -24,7 +24,6 @@ from manifests.loading import digest
 from manifests.recipe import Recipe, StageConfig
 from pipeline.bank.open import Bank, open_bank
 from pipeline.bank.shard_copies import shards_of
-from pipeline.samples.fitting import fit_size
 from student_train.batches import Batch
 from student_train.checkpoints import (
     Position,
@@ -45,6 +44,7 @@ from student_train.run_folder import RunFolder
 from student_train.run_log import Meter, RunLog
 from student_train.schedules import lr_at
 from student_train.selection import select_rows
+from student_train.stage_sizes import StageSizes
 from student_train.students import make_student, seeded
 from student_train.tasks import Task, reading_of, resolve_tasks
 
@@ -115,19 +115,20 @@ class Trainer:
         self.folder = RunFolder(recipe.run)
         if recipe.engine.threads is not None:
             torch.set_num_threads(recipe.engine.threads)
-        self._asked: dict[Size | None, tuple[Size, int]] = {}
-        self._sizes = self._stage_sizes()
+        stage_sizes = StageSizes(recipe, self.bank, self.tasks)
+        self._sizes = stage_sizes.all()
         student = make_student(
             recipe.student, self._sizes[0][0], seed=recipe.seed, base=""
         )
-        if student.patch_dim is not None:
-            for sizes in self._sizes:
-                for size in sizes:
-                    student.grid_of(size)
+        stage_sizes.check(student, self._sizes)
         with seeded(recipe.seed):
-            self.modules = Modules(student, Objective(self.tasks, student))
+            objective = Objective(self.tasks, student, recipe.balance, recipe.seed)
+            self.modules = Modules(student, objective)
             # Where dropout starts; another run in this process may be drawing too.
             self._random = torch.get_rng_state()
+        # A run that goes on has the statistics that it began with in its checkpoint.
+        if latest_checkpoint(self.folder.checkpoints) is None:
+            objective.fit(self.bank)
         self._has_begun = False
         self.modules.to(self.device)
         self._rows = select_rows(self.bank, recipe.data.rows, "data.rows")
@@ -158,42 +159,6 @@ class Trainer:
     def student(self) -> Student:
         """The student."""
         return self.modules.student
-
-    def _stage_sizes(self) -> list[list[Size]]:
-        """Returns each stage's input sizes, fitted to the aspect of the view's box."""
-        found: list[list[Size]] = []
-        for stage in self.recipe.stages:
-            given: list[int | Size | None] = [*stage.sizes] or [None]
-            found.append(
-                [
-                    one if isinstance(one, tuple) else self._fitted(one, stage)
-                    for one in given
-                ]
-            )
-        return found
-
-    def _fitted(self, side: int | None, stage: StageConfig) -> Size:
-        """Returns the size of about ``side`` x ``side`` pixels in the view's aspect."""
-        student = self.recipe.student
-        aspect = self.bank.record.inputs[student.input].aspect
-        asked = None if side is None else (side, side)
-        is_module = student.model.startswith("module:")
-        if is_module and asked is None:
-            raise TrainingError(
-                f"size of stage {stage.name} must be given for a module: student, "
-                "which does not say at what size it looks at images; add `size: 224`"
-            )
-        native_size, stride = self._size_and_stride(asked if is_module else None)
-        return fit_size(asked or native_size, stride, aspect, "tokens")
-
-    def _size_and_stride(self, size: Size | None) -> tuple[Size, int]:
-        """Returns a student's own size and its stride, built once to ask it."""
-        if size not in self._asked:
-            model = make_student(
-                self.recipe.student, size, seed=0, base="", untrained=True
-            )
-            self._asked[size] = model.native_size, model.stride
-        return self._asked[size]
 
     def _dataset(self, stage: StageConfig, sizes: list[Size]) -> BankDataset:
         recipe = self.recipe
@@ -348,7 +313,10 @@ class Trainer:
         batch = batch.to(self.device)
         is_half = recipe.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=is_half):
-            features = self.student(batch.inputs[recipe.student.input])
+            features = self.student(
+                batch.inputs[recipe.student.input],
+                layers=self.modules.objective.needs_layers,
+            )
             loss, shares = self.modules.objective(features, batch, recipe.student.input)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -372,12 +340,6 @@ class Trainer:
                 task.name: [task.path, self.bank.pass_of(task.path).fingerprint]
                 for task in self.tasks
                 if task.path is not None
-            },
-            # A bank that grows has others, also where the rows are the same.
-            "statistics": {
-                name: digest([one.mean.tolist(), one.std.tolist()])
-                for name, source in self.datasets[0].sources.items()
-                if (one := source.normaliser) is not None
             },
         }
 
@@ -408,7 +370,7 @@ class Trainer:
             "steps": position.step,
             "targets": {task.name: task.config.source for task in self.tasks},
         }
-        save_heads(self.folder.heads, self.modules.objective.heads)
+        save_heads(self.folder.heads, self.modules.objective.head_state())
         export_student(self.student, self.recipe.student, self.folder.student, facts)
         self.folder.finish(result)
         return Outcome(self.folder.path, True, result)

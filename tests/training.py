@@ -73,6 +73,33 @@ CLASS = {
     "loss": {"cross_entropy": 1.0},
 }
 
+EXPERTS = '''\
+"""Two small experts of images: class token, embedding, grid and logits of each."""
+import torch
+from torch import nn
+
+
+class Expert(nn.Module):
+    def __init__(self, width, classes=9):
+        super().__init__()
+        self.patch = nn.Conv2d(3, width, 4, 4)
+        self.embed = nn.Linear(width, width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x):
+        sizes = torch.arange(1.0, self.embed.in_features + 1)[:, None, None]
+        grid = torch.tanh(3 * self.patch(x)) * sizes.to(x)
+        cls = grid.mean((2, 3)) + 1
+        return {
+            "cls": cls,
+            "embed": self.embed(cls),
+            "patch": grid,
+            "logits": self.head(grid.amax((2, 3))),
+        }
+'''
+PAIR_SIZES = (24, 16)
+PAIR_TOPK = 4
+
 BEV_TEACHER = '''\
 """A small teacher of sweeps that gives a bird's-eye grid, (B, C, rows, columns)."""
 import torch
@@ -110,6 +137,38 @@ def plain_bank(folder: Path, **fields: Any) -> Path:
     write_shards(folder, PLAIN_SIZES)
     fields = {"views": {"random": 2}, **fields}
     return _make(write_job(folder, **fields))
+
+
+def pair_bank(folder: Path) -> Path:
+    """Makes a bank of two experts, ``first`` and ``second``, with equal grids.
+
+    One is twelve channels wide, for which there is a Hadamard matrix, and has an int8
+    grid; the other ten, for which there is none.
+    """
+    write_shards(folder, PAIR_SIZES)
+    (folder / "experts.py").write_text(EXPERTS)
+
+    def expert(seed: int, width: int, encoding: str) -> dict[str, Any]:
+        outputs: dict[str, Any] = {
+            name: {"from": f"output[{name}]"}
+            for name in ("cls", "embed", "patch", "logits")
+        }
+        outputs["patch"]["encoding"] = encoding
+        outputs["logits"] |= {"topk": PAIR_TOPK, "temperatures": [1.0, 3.0]}
+        return {
+            "model": "module:./experts.py:Expert",
+            "args": {"width": width},
+            "weights": f"random:{seed}",
+            "sizes": [[16, 16]],
+            "batch": 8,
+            "outputs": outputs,
+        }
+
+    teachers = {
+        "first": expert(1, 12, "compact"),
+        "second": expert(2, 10, "lossless"),
+    }
+    return _make(write_job(folder, teachers=teachers, views={"random": 2}))
 
 
 def _make(job: Path) -> Path:

@@ -279,7 +279,7 @@ def choose_cells(
     id_bits = np.uint64(max(1, (num_cells - 1).bit_length()))
     chosen = np.empty((len(rows), limit), np.int64)
     for number, row in enumerate(rows.astype(np.uint64)):
-        draws = _mix(_mix(row[None]) ^ cells)
+        draws = mixed_bits(mixed_bits(row[None]) ^ cells)
         # The cell's number in the lowest bits makes all keys distinct.
         keys = (draws >> id_bits) << id_bits | cells
         smallest = np.partition(keys, limit - 1)[:limit]
@@ -287,7 +287,7 @@ def choose_cells(
     return chosen
 
 
-def _mix(counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+def mixed_bits(counters: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Returns 64 well-mixed bits of each counter (SplitMix64's finaliser).
 
     Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators"

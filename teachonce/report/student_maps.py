@@ -10,7 +10,7 @@ C channels.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from manifests.errors import TeachOnceError
 from manifests.recipe import Recipe
 from pipeline.bank.open import Bank
 from pipeline.bank.statistics import floored_std
+from student_train.batches import Cameras
 from student_train.errors import TrainingError, reason_of
 from student_train.export import WEIGHTS_NAME
-from student_train.features import Student
+from student_train.features import Student, StudentFeatures
 from student_train.grids import resize_grid
 from student_train.inputs import Size
 from student_train.objective import Objective
@@ -104,7 +105,8 @@ def map_run(
         return found
     pixels_BHW3 = _pixels(seen, recipe, student.size)
     with torch.inference_mode():
-        tokens_BHWC = student(pixels_BHW3).patch
+        features = student(pixels_BHW3, layers=student.has_layers)
+    tokens_BHWC = features.patch
     if tokens_BHWC is None:
         found.problems.append("its student has no grid of tokens")
         return found
@@ -120,7 +122,7 @@ def map_run(
             output = by_path[task.path]
             try:
                 found.predictions[output.path] = _predict(
-                    task, objective, recipe, output, seen, tokens_BHWC, student.size
+                    task, objective, recipe, output, seen, features, student.size
                 )
             except TrainingError as error:
                 found.problems.append(f"{task.name}: {error}")
@@ -160,7 +162,7 @@ def _open_heads(
     for task in tasks:
         _check_source(task, record.get("sources"), bank)
     objective = Objective(tasks, student)
-    objective.heads.load_state_dict(load_file(run.heads))
+    objective.load_head_state(load_file(run.heads))
     return objective.eval()
 
 
@@ -198,13 +200,12 @@ def _predict(
     recipe: Recipe,
     output: ShownOutput,
     rows: Sequence[ShownRow],
-    tokens_BHWC: Tensor,
+    features: StudentFeatures,
     size: Size,
 ) -> dict[int, Prediction]:
     """Returns what a head makes of each row, on the teacher's grid."""
-    head = objective.heads[task.config.head.same_as or task.name]
     name = recipe.student.input
-    visible_BRK = None
+    camera = None
     with torch.inference_mode():
         if task.shape == "bev":
             cameras = [row.camera(name, size) for row in rows]
@@ -215,23 +216,18 @@ def _predict(
             known = [camera for camera in cameras if camera is not None]
             intrinsics = np.stack([one.intrinsics for one in known]).astype(np.float32)
             lidar2cam = np.stack([one.lidar2cam for one in known]).astype(np.float32)
-            grid_BRKC, visible_BRK = head(
-                tokens_BHWC[kept],
-                torch.from_numpy(intrinsics),
-                torch.from_numpy(lidar2cam),
-                size,
-            )
-        else:
-            grid_BRKC = head(tokens_BHWC)
+            camera = Cameras(torch.from_numpy(intrinsics), torch.from_numpy(lidar2cam))
+            assert features.patch is not None
+            features = replace(features, patch=features.patch[kept])
+        grid_BRKC, visible_BRK = objective.predict(task, features, camera, size)
+        grid_BRKC = objective.undo(task, grid_BRKC)
         shape = (output.entry.shape[0], output.entry.shape[1])
         if tuple(grid_BRKC.shape[1:3]) != shape:
             grid_BRKC = resize_grid(grid_BRKC, shape)
             if visible_BRK is not None:
                 seen = resize_grid(visible_BRK[..., None].float(), shape, "bilinear")
                 visible_BRK = seen[..., 0] >= 0.5
-    grids = grid_BRKC.float().numpy()
-    if not (task.kind == "features" and recipe.normalise == "standardise"):
-        grids = output.standardise(grids)
+    grids = output.standardise(grid_BRKC.float().numpy())
     seen_of = [None] * len(rows) if visible_BRK is None else list(visible_BRK.numpy())
     return {
         row.row: Prediction(grid, seen)

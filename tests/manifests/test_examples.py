@@ -61,11 +61,9 @@ def test_there_are_examples():
     names = {path.stem for path in EXAMPLES}
     assert {"imagenet", "cifar10", "kitti", "nuscenes"} <= names
     assert {path.stem for path in RECIPES} == {
-        "camera_from_lidar",
-        "eupe",
-        "labels",
-        "plain_kd",
-        "several_teachers",
+        *("am_radio", "camera_from_lidar", "dune", "eupe", "labels", "plain_kd"),
+        *("radio_angle", "radio_phi_s", "several_teachers", "theia", "tiny_vit"),
+        "unic",
     }
 
 
@@ -136,6 +134,76 @@ def test_plain_distillation_has_one_head_and_differs_from_labels_in_the_teacher(
     assert kd.model_dump(exclude=changed) == labels.model_dump(exclude=changed)
     assert kd.run != labels.run
     assert list(labels.targets) == ["class"]
+
+
+def recipe_of(name):
+    return load_recipe(str(FOLDER / "recipes" / f"{name}.yaml"))
+
+
+def terms_of(target):
+    return {name: term.weight for name, term in target.loss.items()}
+
+
+def test_the_radios_differ_in_space_and_loss():
+    """AM-RADIO 2312.06709, RADIOv2.5 2412.07679 with PHI-S 2410.01680, C-RADIOv4."""
+    summaries = ("dinov3_cls", "siglip2_embed")
+    expected = {
+        "am_radio": ("none", {"cosine": 1.0}, {"cosine": 0.9, "smooth_l1": 0.1}),
+        "radio_phi_s": ("phi_s", {"cosine": 1.0}, {"mse": 1.0}),
+        "radio_angle": ("phi_s", {"angle": 1.0}, {"mse": 1.0}),
+    }
+    for name, (rule, summary, patch) in expected.items():
+        recipe = recipe_of(name)
+        assert recipe.normalise == rule
+        for key, target in recipe.targets.items():
+            is_summary = key in summaries
+            assert terms_of(target) == (summary if is_summary else patch)
+            assert (target.normalise or rule) == ("none" if is_summary else rule)
+            assert target.weight == 1
+
+
+def test_theia_is_a_mean_over_teachers_of_whole_maps():
+    recipe = recipe_of("theia")
+    assert sum(one.weight for one in recipe.targets.values()) == pytest.approx(1, 1e-3)
+    for target in recipe.targets.values():
+        assert terms_of(target) == {"map_cosine": 0.9, "smooth_l1": 0.1}
+        assert target.source.endswith("/patch")
+    (stage,) = recipe.stages
+    assert stage.lr == 2e-3 * stage.batch / 512
+    assert stage.warmup_steps == pytest.approx(
+        0.1 * 50 * 1281167 / stage.batch, rel=0.01
+    )
+
+
+def test_unic_is_halves_on_a_ladder_with_teachers_dropped():
+    recipe = recipe_of("unic")
+    assert (recipe.balance.kind, recipe.balance.p) == ("drop_teachers", 0.5)
+    for target in recipe.targets.values():
+        assert terms_of(target) == {"cosine": 0.5, "smooth_l1": 0.5}
+        assert target.weight == 0.5
+        head = target.head
+        assert (head.kind, head.hidden, head.rungs) == ("ladder", 3072, 768)
+    assert recipe.optimizer.betas == (0.9, 0.99)
+
+
+def test_dune_is_one_layer_more_on_grids_that_coincide():
+    recipe = recipe_of("dune")
+    grids = {name: one.grid for name, one in recipe.targets.items()}
+    assert grids["dinov3_patch"] == grids["siglip2_patch"] == "coincide"
+    assert recipe.targets["dinov3_cls"].head.same_as == "dinov3_patch"
+    assert recipe.targets["siglip2_patch"].head.kind == "transformer"
+    (stage,) = recipe.stages
+    assert stage.sizes == []
+    assert stage.warmup_steps == 0.2 * stage.steps
+
+
+def test_tiny_vit_learns_the_rest_at_a_temperature_that_is_stored():
+    recipe = recipe_of("tiny_vit")
+    teachers = added_teachers(FOLDER / "recipes" / "tiny_vit.yaml")
+    output = teachers["beit"].outputs["logits"]
+    assert output.topk == 100
+    assert recipe.targets["logits"].loss["kl"].temperature in output.temperatures
+    assert recipe.loader.view == "epoch"
 
 
 def test_several_teachers_are_several():

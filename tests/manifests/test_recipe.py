@@ -9,8 +9,9 @@ import yaml
 from pydantic import ValidationError
 
 from manifests.errors import ManifestError
-from manifests.recipe import HeadConfig, MapLabel, Recipe, RowsConfig, StageConfig
+from manifests.recipe import MapLabel, Recipe, RowsConfig, StageConfig
 from manifests.recipe_loading import load_probe, load_recipe
+from manifests.target import HeadConfig
 from manifests.teacher import BevExtent
 from manifests.yaml_text import apply_overrides
 
@@ -268,7 +269,18 @@ def test_places_that_are_not_there(tmp_path, override, message):
         ),
         ({"stages": []}, "stages: list should have at least 1 item"),
         ({"stages": [STAGE, STAGE]}, "must have different names, got ['train', 'train"),
-        ({"normalise": "phi_s"}, "normalise: must be 'none' or 'standardise'"),
+        ({"normalise": "pca"}, "normalise: must be 'none', 'standardise', 'phi_s' or "),
+        ({"balance": {"kind": "drop"}}, "balance.kind: must be 'fixed' or 'drop_tea"),
+        ({"balance": {"p": 0.5}}, "balance: `p` is of `kind: drop_teachers`"),
+        (
+            {"balance": {"kind": "drop_teachers", "p": 1}},
+            "balance.p: input should be less than 1",
+        ),
+        (
+            with_target(normalise="standardize"),
+            "targets.cls.normalise: must be 'none', 'standardise', 'phi_s' or 'whiten'",
+        ),
+        (with_target(grid="same"), "targets.cls.grid: must be 'larger', 'smaller', "),
         ({"precision": "float16"}, "precision: must be 'float32' or 'bfloat16'"),
         ({"seed": -1}, "seed: input should be greater than or equal to 0"),
         ({"seed": 2**63}, "seed: input should be less than 9223372036854775808"),
@@ -310,10 +322,6 @@ def test_places_that_are_not_there(tmp_path, override, message):
         (
             with_target(loss={"cross_entropy": {"label_smoothing": 1}}),
             "label_smoothing: input should be less than 1",
-        ),
-        (
-            with_target(head={"kind": "mlp"}),
-            "targets.cls.head.kind: must be 'adapter', ",
         ),
         (
             with_target(head={"hidden": 0}),

@@ -135,7 +135,7 @@ def test_tied_weights(tmp_path):
     assert second[5].weight is second[3].weight
     for name, one in second.state_dict().items():
         assert torch.equal(one, first.state_dict()[name])
-    save_heads(tmp_path / "heads.safetensors", first)
+    save_heads(tmp_path / "heads.safetensors", first.state_dict())
     assert len(load_file(tmp_path / "heads.safetensors")) == len(first.state_dict())
 
 

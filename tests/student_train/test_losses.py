@@ -1,7 +1,5 @@
 """Losses against float64 NumPy, and the laws they keep: masks, dtypes, invariances."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -9,14 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.overrides import TorchFunctionMode
 
-from manifests.errors import ManifestError
+from student_train.loss_terms import LOSSES
 from student_train.losses import (
-    LOSSES,
     cosine,
     cross_entropy,
     kl,
     mse,
-    parse_terms,
     reduce,
     smooth_l1,
     valid_images,
@@ -53,8 +49,28 @@ def np_cross_entropy(p, t, label_smoothing=0.0):
     return -(wanted * np_log_softmax(p)).sum(-1)
 
 
+def np_angle(p, t, dispersion=0.3):
+    return np.arccos(1 - np_cosine(p, t)) ** 2 / dispersion
+
+
+def np_unit_l2(p, t):
+    units = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (p, t))
+    return np.linalg.norm(np.subtract(*units), axis=-1)
+
+
+def np_map_cosine(p, t, mask):
+    """Per image, of its valid tokens strung together; 0 where there is none."""
+    rows = zip(p, t, mask, strict=True)
+    return np.array(
+        [np_cosine(x[m].ravel(), y[m].ravel()) if m.any() else 0.0 for x, y, m in rows]
+    )
+
+
+# Of each cell; "map_cosine" has none.
 REFERENCES = {
     "cosine": np_cosine,
+    "angle": np_angle,
+    "unit_l2": np_unit_l2,
     "smooth_l1": np_smooth_l1,
     "mse": lambda p, t: ((p - t) ** 2).mean(-1),
     "l1": lambda p, t: np.abs(p - t).mean(-1),
@@ -66,6 +82,19 @@ REFERENCES = {
 def np_per_image(cells, mask):
     rows = zip(cells, mask, strict=True)
     return np.array([row[keep].mean() if keep.any() else 0.0 for row, keep in rows])
+
+
+def np_loss(name, prediction, target, mask, **parameters):
+    if name == "map_cosine":
+        return np_map_cosine(prediction, target, mask)
+    return np_per_image(REFERENCES[name](prediction, target, **parameters), mask)
+
+
+def call(name, prediction, target, mask, **parameters):
+    """A loss, with what the trainer takes from the bank's statistics."""
+    held = {"dispersion": torch.tensor(0.3)}
+    asked = {key: held[key] for key in LOSSES[name].statistics}
+    return LOSSES[name](prediction, target, mask, **parameters, **asked)
 
 
 def draw(name, shape, seed=0):
@@ -104,8 +133,8 @@ def tensors(prediction, target, mask):
 )
 def test_equals_numpy(name, parameters, shape):
     prediction, target, mask = draw(name, shape)
-    expected = np_per_image(REFERENCES[name](prediction, target, **parameters), mask)
-    found = LOSSES[name](*tensors(prediction, target, mask), **parameters)
+    expected = np_loss(name, prediction, target, mask, **parameters)
+    found = call(name, *tensors(prediction, target, mask), **parameters)
     assert found.dtype == torch.float32
     np.testing.assert_allclose(found.detach(), expected, rtol=2e-5, atol=1e-6)
     assert found[1] == 0
@@ -116,12 +145,12 @@ def test_equals_numpy(name, parameters, shape):
 def test_masked_cells_have_no_influence(name, shape):
     prediction, target, mask = draw(name, shape)
     clean, *rest = tensors(prediction, target, mask)
-    expected = LOSSES[name](clean, *rest)
+    expected = call(name, clean, *rest)
     expected.sum().backward()
     target[~mask] = -100 if name == "cross_entropy" else np.nan
     prediction[~mask] = np.inf
     dirty, *rest = tensors(prediction, target, mask)
-    found = LOSSES[name](dirty, *rest)
+    found = call(name, dirty, *rest)
     found.sum().backward()
     assert torch.equal(found, expected)
     assert torch.equal(dirty.grad, clean.grad)
@@ -135,10 +164,10 @@ def test_masks_of_any_kind_leave_the_mean_of_the_rest(seed, name, share):
     rng = np.random.default_rng(seed)
     prediction, target = rng.normal(size=(2, 3, 2, 4, CHANNELS))
     mask = rng.random((3, 2, 4)) < share
-    expected = np_per_image(REFERENCES[name](prediction, target), mask)
+    expected = np_loss(name, prediction, target, mask)
     target[~mask] = rng.choice([np.nan, np.inf, 1e30])
     leaf, *rest = tensors(prediction, target, mask)
-    found = LOSSES[name](leaf, *rest)
+    found = call(name, leaf, *rest)
     found.sum().backward()
     np.testing.assert_allclose(found.detach(), expected, rtol=1e-4, atol=2e-6)
     assert torch.isfinite(leaf.grad).all()
@@ -147,9 +176,9 @@ def test_masks_of_any_kind_leave_the_mean_of_the_rest(seed, name, share):
 @pytest.mark.parametrize("name", LOSSES)
 def test_autocast_changes_nothing(name):
     inputs = tensors(*draw(name, GRID))
-    expected = LOSSES[name](*inputs)
+    expected = call(name, *inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        found = LOSSES[name](*inputs)
+        found = call(name, *inputs)
         assert torch.is_autocast_enabled("cpu")
     assert found.dtype == torch.float32
     assert torch.equal(found, expected)
@@ -173,7 +202,7 @@ def test_no_arithmetic_is_under_autocast(name):
     # What autocast rounds hangs on device and release: nothing may be left to it.
     inputs = tensors(*draw(name, GRID))
     with torch.autocast("cpu", torch.bfloat16), AutocastSeen() as seen:
-        LOSSES[name](*inputs)
+        call(name, *inputs)
     assert seen.states["sum"] == {False}
     assert seen.states["where"] == {False}
 
@@ -185,7 +214,7 @@ def test_no_gradient_on_the_way_is_nan(name):
     leaf, *rest = tensors(prediction, target, mask)
     torch.autograd.set_detect_anomaly(True)
     try:
-        LOSSES[name](leaf, *rest).sum().backward()
+        call(name, leaf, *rest).sum().backward()
     finally:
         torch.autograd.set_detect_anomaly(False)
 
@@ -195,23 +224,23 @@ def test_half_inputs_are_computed_in_float32(name):
     prediction, target, mask = tensors(*draw(name, GRID))
     half = prediction.detach().bfloat16()
     half_target = target.bfloat16() if target.is_floating_point() else target
-    found = LOSSES[name](half, half_target, mask)
+    found = call(name, half, half_target, mask)
     widened = half_target.float() if target.is_floating_point() else target
     assert found.dtype == torch.float32
-    assert torch.equal(found, LOSSES[name](half.float(), widened, mask))
+    assert torch.equal(found, call(name, half.float(), widened, mask))
 
 
 @pytest.mark.parametrize("name", FLOAT_LOSSES)
 def test_gradient_equals_finite_differences_of_numpy(name):
     prediction, target, mask = draw(name, VECTOR, seed=4)
     leaf, *rest = tensors(prediction, target, mask)
-    LOSSES[name](leaf, *rest).sum().backward()
+    call(name, leaf, *rest).sum().backward()
     numeric = np.zeros_like(prediction)
     for place in np.ndindex(prediction.shape):
         step = np.zeros_like(prediction)
         step[place] = 1e-6
-        upper = np_per_image(REFERENCES[name](prediction + step, target), mask)
-        lower = np_per_image(REFERENCES[name](prediction - step, target), mask)
+        upper = np_loss(name, prediction + step, target, mask)
+        lower = np_loss(name, prediction - step, target, mask)
         numeric[place] = (upper - lower).sum() / 2e-6
     np.testing.assert_allclose(leaf.grad, numeric, rtol=1e-3, atol=1e-5)
 
@@ -377,60 +406,3 @@ def test_reduce_takes_less_than_one_row_per_rank():
     # One valid row among four ranks: the rank that has it stands for all.
     found = reduce(torch.tensor([3.0, 5.0]), torch.tensor([True, False]), 0.25)
     assert found == 12
-
-
-def test_registry_tells_the_functions_own_defaults():
-    assert LOSSES["kl"].defaults == {"temperature": 4.0}
-    assert LOSSES["smooth_l1"].defaults == {"beta": 1.0}
-    assert LOSSES["cross_entropy"].defaults == {"label_smoothing": 0.0}
-    for loss in LOSSES.values():
-        named = list(inspect.signature(loss.function).parameters)[3:]
-        assert named == list(loss.parameters)
-        for name, value in loss.defaults.items():
-            assert loss.parameters[name].holds(value)
-
-
-def test_terms_of_a_recipe():
-    recipe = {"cosine": 0.9, "smooth_l1": {"weight": 0.1, "beta": 2}}
-    first, second = parse_terms(recipe, "features", "targets.patch.loss")
-    assert (first.name, first.weight, dict(first.parameters)) == ("cosine", 0.9, {})
-    assert (second.weight, dict(second.parameters)) == (0.1, {"beta": 2.0})
-    (plain,) = parse_terms({"kl": {}}, "logits", "targets.logits.loss")
-    assert (plain.weight, dict(plain.parameters)) == (1.0, {"temperature": 4.0})
-    prediction, target, mask = draw("smooth_l1", VECTOR)
-    expected = np_per_image(np_smooth_l1(prediction, target, 2.0), mask)
-    found = second(*tensors(prediction, target, mask)).detach()
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "target", "message"),
-    [
-        ({}, "features", r"at least one loss, got none \(t.loss\); known are cosine, "),
-        ({"cosin": 1}, "features", r"must be one of cosine, .*, got cosin \(t.loss.c"),
-        ({"kl": 1}, "features", r"must take features, got kl, which takes logits"),
-        ({"cosine": 1}, "classes", r"use one of cross_entropy"),
-        (
-            {"smooth_l1": {"betta": 1}},
-            "features",
-            r"parameter of smooth_l1 must be one of weight, beta, got betta \(t.loss",
-        ),
-        ({"smooth_l1": {"beta": 0}}, "features", r"beta must be above 0, got 0 \(t.lo"),
-        ({"cosine": -1}, "features", r"weight must be at least 0, got -1"),
-        ({"cosine": float("nan")}, "features", r"weight must be at least 0, got nan"),
-        ({"cosine": True}, "features", r"weight must be at least 0, got True"),
-        (
-            {"kl": {"temperature": "4"}},
-            "logits",
-            r"temperature must be above 0, got '4",
-        ),
-        (
-            {"cross_entropy": {"label_smoothing": 1.0}},
-            "classes",
-            r"label_smoothing must be at least 0 and below 1, got 1.0",
-        ),
-    ],
-)
-def test_a_wrong_recipe_is_refused(recipe, target, message):
-    with pytest.raises(ManifestError, match=message):
-        parse_terms(recipe, target, "t.loss")

@@ -104,15 +104,17 @@ def test_what_a_batch_must_hold(street, tmp_path):
         "patch": "net/image/16x32/patch",
         "logits": "net/image/16x32/logits",
     }
-    # Logits are compared as they are.
-    assert reading.normalise == {"patch"}
+    # The objective normalises, by what a checkpoint holds; logits nobody.
+    assert reading.normalise == frozenset()
+    assert tasks["patch"].normalise == "standardise"
+    assert tasks["logits"].normalise == "none"
     assert reading.labels == ("class",)
     assert list(reading.maps) == ["seg"]
     assert reading.cameras == ()
     recipe, tasks = resolve(street, tmp_path, targets, "normalise=none")
     sizes = [(16, 32), (24, 48)]
     reading = reading_of(recipe, tuple(tasks.values()), sizes)
-    assert reading.normalise == frozenset()
+    assert tasks["patch"].normalise == "none"
     assert reading.inputs == {"image": sizes}
     bev = {"it": {"from": "main/ground/bev", "loss": MSE, "head": BEV}}
     recipe, tasks = resolve(street, tmp_path, bev)
