@@ -1,0 +1,51 @@
+"""Hostile input for as long as one likes: ``python -m tests.fuzz --target tar``.
+
+Exit code 0: the law held; 1: it did not, the inputs lie in ``--keep``. A process that
+died in mid-input left it in ``at-work/``. What is mended goes into
+``tests/data/corpus``, where every run of the tests meets it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from tests.fuzz.bank_target import bank_target
+from tests.fuzz.campaign import run_campaign
+from tests.fuzz.targets import TARGETS
+
+
+def main() -> int:
+    """Runs one target; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
+    parser.add_argument("--target", choices=[*TARGETS, "bank"], required=True)
+    parser.add_argument("--minutes", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, help="mutants; as many as there is time for")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for inputs that do harm")
+    options = parser.parse_args()
+    faulthandler.enable()
+    warnings.simplefilter("error")
+    keep = options.keep or Path(tempfile.mkdtemp(prefix="teachonce-fuzz-"))
+    is_bank = options.target == "bank"
+    target = bank_target(keep) if is_bank else TARGETS[options.target]
+    started = time.monotonic()
+    until = started + 60 * options.minutes
+    campaign = run_campaign(target, options.seed, options.rounds, until, keep)
+    print(
+        f"{options.target}: {campaign.inputs} inputs in {time.monotonic() - started:.0f} s, "
+        f"{campaign.accepted} taken, {campaign.refused} refused, "
+        f"{len(campaign.found)} against the law"
+    )
+    if campaign.found:
+        print(f"they lie in {keep}")
+    return 1 if campaign.found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
