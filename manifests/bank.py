@@ -19,6 +19,8 @@ BANK_SCHEMA = 1
 # The sum of all results crosses a shuffle: it stays small however much fails.
 MAX_FAILURES = 1000
 ROWS_TEACHER = "rows"
+MAX_BLOCK_ROWS = 2**22
+"""Most rows of a block: then 16 bytes a row fill an object's 64 MiB."""
 
 
 class ShardEntry(Strict):
@@ -236,7 +238,13 @@ def parse_runs(text: str) -> tuple[int, ...]:
     found: list[int] = []
     for run in text.split(",") if text else []:
         first, _, last = run.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        rows = range(int(first), int(last or first) + 1)
+        # A few letters may ask for any amount of memory.
+        if not rows or rows[-1] >= MAX_BLOCK_ROWS:
+            raise ValueError(f"{run[:40]!r} must be ascending rows of a block")
+        if found and rows[0] <= found[-1]:
+            raise ValueError(f"{run[:40]!r} must follow row {found[-1]}")
+        found += rows
     return tuple(found)
 
 

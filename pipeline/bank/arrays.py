@@ -141,11 +141,25 @@ class ArraySpec:
         try:
             fields["row_shape"] = tuple(fields["row_shape"])
             fields["dimension_names"] = tuple(fields["dimension_names"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
+            spec = cls(**fields)
+            _check_types(spec)
+        except (AttributeError, KeyError, TypeError) as error:
             raise BankError(
                 f"array must have the fields of ArraySpec: {error}"
             ) from error
+        return spec
+
+
+def _check_types(spec: ArraySpec) -> None:
+    """Raises TypeError where JSON held another type that compares equal: 2.0 or true."""
+    for number in (*spec.row_shape, spec.block_rows, spec.chunk_rows):
+        if type(number) is not int:
+            raise TypeError(f"{number!r} is no length")
+    for text in (spec.path, *spec.dimension_names):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no name")
+    if not isinstance(spec.attributes, Mapping) or type(spec.has_view) is not bool:
+        raise TypeError("attributes must be a mapping and has_view a truth value")
 
 
 def chunk_rows_for(row_bytes: int, block_rows: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,6 +17,7 @@ from pipeline.bank.row_index import decode_table, encode_table
 
 BLOCKS_PATH = "blocks.parquet"
 _READERS = 16
+_BLOCK_NAME = re.compile(r"[0-9]{8,12}\.json")
 _SCHEMA = pa.schema(
     [
         ("pass", pa.string()),
@@ -50,12 +52,15 @@ def write_commit(store: Store, commit: Commit) -> bool:
 
 def list_commits(store: Store, pass_id: str) -> set[int]:
     """Returns the blocks of a pass that are committed, by listing their names."""
-    blocks = set()
+    blocks: set[int] = set()
     for path, _ in store.list(f"commits/{pass_id}"):
-        name = path.rsplit("/", 1)[-1]
-        if name.endswith(".json") and name[:-5].isdigit():
-            blocks.add(int(name[:-5]))
+        blocks |= block_of(path.rsplit("/", 1)[-1])
     return blocks
+
+
+def block_of(name: str) -> set[int]:
+    """Returns the block that a file in a folder of commits is of; none if it is not."""
+    return {int(name[:-5])} if _BLOCK_NAME.fullmatch(name) else set()
 
 
 def read_commit(store: Store, pass_id: str, block: int) -> Commit:
@@ -126,4 +131,12 @@ def read_blocks(store: Store) -> pa.Table:
         "run the same `teachonce precompute` again with --repair, it is made anew from "
         "the commits"
     )
-    return decode_table(data, store.url_of(BLOCKS_PATH), hint)
+    where = store.url_of(BLOCKS_PATH)
+    table = decode_table(data, where, hint, _SCHEMA)
+    lists = ("objects", "size_bytes", "crc32c")
+    num_values = {len(table[name].combine_chunks().flatten()) for name in lists}
+    has_nulls = any(table[name].null_count for name in _SCHEMA.names)
+    has_nulls |= any(table[name].combine_chunks().flatten().null_count for name in lists)
+    if has_nulls or len(num_values) > 1:
+        raise BankError(f"{where} is damaged (values are missing); {hint}")
+    return table

@@ -28,7 +28,7 @@ from pipeline.bank.diff import (
 )
 from pipeline.bank.objects import object_crc32c
 from pipeline.bank.open import Bank
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 
 _THREADS = 4
 _PIECE_VALUES = 2**20

@@ -36,7 +36,8 @@ from pipeline.bank.commits import (
 from pipeline.bank.dataset_index import read_rows
 from pipeline.bank.objects import has_crc32c
 from pipeline.bank.output_statistics import write_statistics
-from pipeline.bank.record import FEATURES, view_policy_of, write_record
+from pipeline.bank.places import FEATURES
+from pipeline.bank.record import view_policy_of, write_record
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
 from pipeline.bank.row_index import INDEX_PART_ROWS, encode_table, index_path
 from pipeline.bank.rows import decode_rows, object_path

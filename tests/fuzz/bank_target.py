@@ -56,6 +56,9 @@ SOUND = (
 )
 
 
+WITHOUT_STATISTICS = ("topk", "index")
+
+
 class HostileBank:
     """The stored bank in a folder, one file of which is another's at a time."""
 
@@ -116,7 +119,8 @@ class HostileBank:
     ) -> None:
         for output in bank.outputs:
             attempt(lambda o=output: bank.validity(o))
-            attempt(lambda o=output: bank.statistics(o))
+            if bank.output(output).encoding["encoding"] not in WITHOUT_STATISTICS:
+                attempt(lambda o=output: bank.statistics(o))
             attempt(lambda o=output: bank.committed_blocks(o))
             for view in sorted(bank.views_of(output))[:3]:
                 blocks = bank.record.live_blocks[:6]
