@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -111,11 +112,23 @@ def open_url(url: str) -> BinaryIO:
     fs, path = split_url(url)
     try:
         if _local_path(fs, path) is not None:
-            return open(path, "rb")
+            return _open_file(path)
         opened = fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead")
         return cast(BinaryIO, opened)
     except Exception as error:
         raise explain(error, "read", url) from error
+
+
+def _open_file(path: str | Path) -> BinaryIO:
+    """Returns a local file opened for reading, which ends and does not keep one waiting.
+
+    A pipe waits for a writer and a device may never end; what a shell passes is read.
+    """
+    mode = os.stat(path).st_mode
+    is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    if not is_file and not str(path).startswith(("/dev/fd/", "/dev/stdin")):
+        raise OSError("a pipe or a device is no file; give a file")
+    return open(path, "rb")
 
 
 def read_url(url: str) -> bytes:
@@ -182,7 +195,8 @@ class Store:
         """Returns all bytes of one object; raises StorageError where it is missing."""
         try:
             if self._local is not None:
-                return self._file(path).read_bytes()
+                with _open_file(self._file(path)) as file:
+                    return file.read()
             return bytes(self._fs.cat_file(self._key(path)))
         except Exception as error:
             raise explain(error, "read", self.url_of(path)) from error

@@ -19,6 +19,7 @@ from manifests.errors import ManifestError
 MAX_VALUES = 200_000
 """Most values of a document, those behind aliases counted each time."""
 
+_SHOWN = 200
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _KEPT_TAGS = (_MERGE_TAG, "tag:yaml.org,2002:null")
 
@@ -125,8 +126,9 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
         ManifestError: an override has no '=', walks through a value, or names a place
             that its list does not have.
     """
-    for text in overrides:
-        path, equals, value = text.partition("=")
+    for given in overrides:
+        path, equals, value = given.partition("=")
+        text = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
         *parents, last = path.split(".")
         if not equals or not all([*parents, last]):
             raise ManifestError(f"override must be key=value, got {text!r}")

@@ -249,7 +249,7 @@ def resized(metadata: bytes, num_rows: int, num_views: int) -> bytes:
         document = json.loads(metadata)
         shape, names = document["shape"], document["dimension_names"]
         has_view = names[1:2] == ["view"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BankError(f"zarr.json must describe an array: {error!r}") from error
     grown = [num_rows, num_views] if has_view else [num_rows]
     if any(new < old for new, old in zip(grown, shape, strict=False)):

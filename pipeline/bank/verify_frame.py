@@ -69,7 +69,7 @@ def damaged_classifiers(
 def _agrees(held: bytes, fresh: bytes | None) -> bool:
     try:
         document = json.loads(held)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if not isinstance(document, dict):
         return False

@@ -34,6 +34,7 @@ SOUND = (
     "blocks.parquet",
     "dataset/part-00000.json",
     "dataset/part-00000.parquet",
+    "runs/20261122T202044Z-8e92d0.json",
     "index/part-00000.parquet",
     "rows/rows/00000001.parquet",
     "commits/rows/00000000.json",
