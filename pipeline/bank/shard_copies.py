@@ -171,8 +171,8 @@ def _match(
         if copy is None:
             raise BankError(
                 f"{field} must have a copy of the bank's {shard.name}, got none "
-                f"among {len(urls)} shards ({urls[0]}, ...); add it, or ask for rows "
-                "of other shards alone"
+                f"among {len(urls)} shards ({urls[0]}, ...); add it (a copy keeps its "
+                "name: rename or link it), or ask for rows of other shards alone"
             )
         found[shard.name] = copy
     return found
