@@ -282,7 +282,8 @@ def _probed(
         shard.part for shard in (record.shards if record else ())
     ):
         assert record is not None
-        rows = dict(read_rows(store.read(f"dataset/{part}.parquet")))
+        path = f"dataset/{part}.parquet"
+        rows = dict(read_rows(store.read(path), store.url_of(path)))
         for shard in record.shards:
             if shard.part == part and not shard.retired and shard.name in rows:
                 url = shard.url

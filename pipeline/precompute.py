@@ -200,9 +200,16 @@ def _rows_lookup(
             return fresh[shard.name]
         if shard.part not in parts:
             parts.clear()
-            data = store.read(f"dataset/{shard.part}.parquet")
-            parts[shard.part] = dict(read_rows(data))
-        return parts[shard.part][shard.name]
+            path = f"dataset/{shard.part}.parquet"
+            parts[shard.part] = dict(read_rows(store.read(path), store.url_of(path)))
+        found = parts[shard.part].get(shard.name, ())
+        if len(found) != shard.samples:
+            raise BankError(
+                f"{store.url_of(f'dataset/{shard.part}.parquet')} must hold the "
+                f"{shard.samples} rows of {shard.name}, got {len(found)}; restore it "
+                "from a copy"
+            )
+        return found
 
     return rows_of
 

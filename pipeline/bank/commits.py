@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from manifests.bank import Commit, CommitContent
 from manifests.errors import BankError
@@ -134,9 +135,10 @@ def read_blocks(store: Store) -> pa.Table:
     where = store.url_of(BLOCKS_PATH)
     table = decode_table(data, where, hint, _SCHEMA)
     lists = ("objects", "size_bytes", "crc32c")
-    num_values = {len(table[name].combine_chunks().flatten()) for name in lists}
-    has_nulls = any(table[name].null_count for name in _SCHEMA.names)
-    has_nulls |= any(table[name].combine_chunks().flatten().null_count for name in lists)
-    if has_nulls or len(num_values) > 1:
+    first, *others = (pc.list_value_length(table[name]) for name in lists)
+    is_whole = all(one.equals(first) for one in others)
+    is_whole &= not any(table[name].null_count for name in _SCHEMA.names)
+    is_whole &= not any(pc.list_flatten(table[name]).null_count for name in lists)
+    if not is_whole:
         raise BankError(f"{where} is damaged (values are missing); {hint}")
     return table

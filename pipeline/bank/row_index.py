@@ -17,7 +17,7 @@ from manifests.storage import Store
 
 INDEX_PART_ROWS = 2**20
 # What Arrow raises at Parquet that is not what it should be.
-_FAULTS = (pa.ArrowException, OSError, ValueError, OverflowError)
+TABLE_FAULTS = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
 def encode_table(table: pa.Table) -> bytes:
@@ -47,7 +47,7 @@ def decode_table(
         table = file.read()
         # Arrow takes the word of a file for its lengths until it is asked to check.
         table.validate(full=True)
-    except _FAULTS as error:
+    except TABLE_FAULTS as error:
         told = str(error)[:300]
         raise BankError(f"{where} is damaged ({told}); {hint}") from error
     return table

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from manifests.errors import TeachOnceError
+from pipeline.bank import record_check
 from pipeline.bank.diff import diff, read_contents
 from pipeline.bank.diff_values import read_bytes, value_differences
 from pipeline.bank.export import export
@@ -209,4 +210,8 @@ def _must_be_seen(path: str, held: bytes, sound: bytes) -> bool:
 def bank_target(keep: Path) -> Target:
     """Returns the target; its bank lies under ``keep``."""
     hostile = HostileBank(keep / "made")
-    return Target("bank", hostile.run, 512 * MIB, seeds=hostile.seeds)
+    return Target("bank", hostile.run, 512 * MIB, _small_banks, hostile.seeds)
+
+
+def _small_banks() -> None:
+    record_check.MAX_BLOCKS = 2**12

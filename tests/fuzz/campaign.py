@@ -23,7 +23,6 @@ from tests.fuzz.mutation import mutate
 from tests.fuzz.targets import Target
 
 CORPUS = Path(__file__).parents[1] / "data" / "corpus"
-DEADLINE_S = 20.0
 
 
 @dataclass
@@ -94,7 +93,7 @@ def _run_one(
 ) -> None:
     _keep(keep / "at-work", name, data)
     peak = _peak_bytes()
-    faulthandler.dump_traceback_later(DEADLINE_S, exit=True)
+    faulthandler.dump_traceback_later(target.deadline_s, exit=True)
     campaign.inputs += 1
     try:
         target.run(name, data)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import lzma
 import struct
 import sys
@@ -19,11 +20,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from tests.conftest import jpeg, sweep
 from tests.fuzz.campaign import CORPUS
 from tests.fuzz.mutation import mend_tar
+from tests.fuzz.targets import BANKS
 from tests.pipeline.samples.point_files import FILES
 
 BLOCK = 512
@@ -278,7 +282,7 @@ def manifests() -> dict[str, bytes]:
     bomb = b"a: &a [x, x, x, x, x, x, x, x, x]\n"
     for one, two in zip("abcdefgh", "bcdefghi", strict=True):
         bomb += b"%c: &%c [" % (ord(two), ord(two)) + b", ".join([b"*%c" % ord(one)] * 9) + b"]\n"
-    deep = 3000
+    deep = 1200
     return {
         "job-alias-bomb.yaml": bomb + b"bank: *i\n",
         "job-alias-bomb-as-teachers.yaml": bomb + b"bank: ./b\nteachers: {net: *i}\n",
@@ -320,11 +324,78 @@ def manifests() -> dict[str, bytes]:
     }
 
 
+def banks() -> dict[str, bytes]:
+    """Files of a bank that are well formed and lie: names that leave it, huge counts."""
+    with zipfile.ZipFile(BANKS / "schema-1.zip") as stored:
+        record = stored.read("bank/bank.json")
+        commit = stored.read("bank/commits/rows/00000000.json")
+        blocks = stored.read("bank/blocks.parquet")
+        rows = stored.read("bank/dataset/part-00000.parquet")
+
+    def edited(edit: Callable[[dict], object], data: bytes = record) -> bytes:
+        document = json.loads(data)
+        edit(document)
+        return json.dumps(document).encode()
+
+    def table(data: bytes, edit: Callable[[pa.Table], pa.Table]) -> bytes:
+        sink = io.BytesIO()
+        pq.write_table(edit(pq.read_table(io.BytesIO(data))), sink, compression="zstd")
+        return sink.getvalue()
+
+    def shorter(found: pa.Table) -> pa.Table:
+        lists = [one[:-1] for one in found["crc32c"].to_pylist()]
+        place = found.schema.get_field_index("crc32c")
+        return found.set_column(place, "crc32c", pa.array(lists, pa.list_(pa.int64())))
+
+    def no_rows(found: pa.Table) -> pa.Table:
+        place = found.schema.get_field_index("row")
+        return found.set_column(place, "row", pa.array([5] * len(found), pa.int64()))
+
+    return {
+        "pass-leaves-the-bank/bank.json": edited(
+            lambda one: one["passes"][1].update(id="../../../stray")
+        ),
+        "index-leaves-the-bank/bank.json": edited(
+            lambda one: one["shards"][0].update(part="../../stray")
+        ),
+        "array-leaves-the-bank/bank.json": edited(
+            lambda one: one["passes"][1]["outputs"][0]["arrays"][0].update(
+                path="../../stray"
+            )
+        ),
+        "many-blocks/bank.json": edited(
+            lambda one: one["shards"][1].update(blocks=10**12, samples=10**12)
+        ),
+        "lengths-that-are-no-numbers/bank.json": edited(
+            lambda one: one["passes"][1]["outputs"][0]["arrays"][0].update(
+                chunk_rows=2.0
+            )
+        ),
+        "commit-of-many-rows/commits/rows/00000000.json": edited(
+            lambda one: one["content"].update(invalid={"x": "0-99999999999"}), commit
+        ),
+        "commit-leaves-the-bank/commits/rows/00000000.json": edited(
+            lambda one: one["content"].update(objects={"../../stray": [9, 9]}), commit
+        ),
+        "blocks-of-two-lengths/blocks.parquet": table(blocks, shorter),
+        "blocks-without-objects/blocks.parquet": table(
+            blocks, lambda one: one.drop_columns(["objects"])
+        ),
+        "rows-of-no-shard/dataset/part-00000.parquet": table(rows, no_rows),
+        "rows-without-offsets/dataset/part-00000.parquet": table(
+            rows, lambda one: one.drop_columns(["offset"])
+        ),
+        "run-of-a-list/runs/20261122T202044Z-8e92d0.json": b"[1, 2]",
+        "run-of-numbers/runs/20261122T202044Z-8e92d0.json": b'{"result": 3, "run": 1}',
+    }
+
+
 GROUPS: dict[str, Callable[[], dict[str, bytes]]] = {
     "tar": tars,
     "points": points,
     "images": images,
     "manifests": manifests,
+    "bank": banks,
 }
 
 
@@ -332,9 +403,9 @@ def main() -> int:
     """Writes every seed that is not there yet; returns the exit code."""
     for group, make in GROUPS.items():
         folder: Path = CORPUS / group
-        folder.mkdir(parents=True, exist_ok=True)
         for name, data in make().items():
             if not (folder / name).exists():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 (folder / name).write_bytes(data)
     return 0
 

@@ -194,8 +194,8 @@ def _other_value(value: Any, draw: random.Random) -> Any:
         return draw.choice((float("nan"), float("inf"), -0.0, 1e308, 0.5))
     if kind == 3:
         return [value] * draw.choice((1, 2, 100))
-    if isinstance(value, int | float) and draw.random() < 0.5:
-        return value + draw.choice((-1, 1, 0.5))
+    if isinstance(value, int) and draw.random() < 0.5:
+        return value + draw.choice((-1, 1))
     if isinstance(value, list) and value:
         return draw.choice((value[:-1], value + value[:1], value[::-1]))
     if isinstance(value, str) and value:

@@ -55,6 +55,7 @@ class Target:
         make_small: lowers the product's own bounds, so that what it may rightly take
             is far below ``memory``.
         seeds: more seeds than lie in the folder.
+        deadline_s: seconds that one input may take.
     """
 
     folder: str
@@ -62,6 +63,7 @@ class Target:
     memory: int
     make_small: Callable[[], None] = lambda: None
     seeds: Callable[[], dict[str, bytes]] = dict
+    deadline_s: float = 20.0
 
 
 def read_shard(name: str, data: bytes) -> None:
