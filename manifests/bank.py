@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, field_serializer, field_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from manifests.document import Strict
 from manifests.exported import ExportedFrom
@@ -253,10 +253,10 @@ class CommitContent(Strict):
 
     pass_id: str
     fingerprint: str
-    block: int
+    block: int = Field(ge=0)
     shard: str
-    rows: int
-    valid: int
+    rows: int = Field(ge=0, le=MAX_BLOCK_ROWS)
+    valid: int = Field(ge=0)
     invalid: dict[str, tuple[int, ...]] = Field(
         description="reason code to the rows of the block it holds for"
     )
@@ -273,6 +273,15 @@ class CommitContent(Strict):
             code: parse_runs(rows) if isinstance(rows, str) else rows
             for code, rows in value.items()
         }
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> CommitContent:
+        for code, rows in self.invalid.items():
+            if any(not 0 <= row < self.rows for row in rows):
+                raise ValueError(f"invalid.{code[:40]} must be rows below {self.rows}")
+        if self.valid > self.rows:
+            raise ValueError(f"valid must be at most {self.rows}, got {self.valid}")
+        return self
 
     @field_serializer("invalid")
     def _write_runs(self, value: dict[str, tuple[int, ...]]) -> dict[str, str]:

@@ -120,7 +120,7 @@ def open_url(url: str) -> BinaryIO:
 
 
 def _open_file(path: str | Path) -> BinaryIO:
-    """Returns a local file opened for reading, which ends and does not keep one waiting.
+    """Returns a local file opened for reading: one that ends and does not block.
 
     A pipe waits for a writer and a device may never end; what a shell passes is read.
     """

@@ -47,7 +47,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Merges ``<<`` into a mapping; raises ConstructorError where it is too much."""
+        """Merges ``<<`` into a mapping; raises ConstructorError at too much."""
         super().flatten_mapping(node)
         if len(node.value) > MAX_VALUES:
             raise yaml.constructor.ConstructorError(

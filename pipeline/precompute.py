@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from manifests.bank import BankRecord, ShardEntry, WorkResult
-from manifests.errors import TeachOnceError
+from manifests.errors import BankError, TeachOnceError
 from manifests.job import Job
 from manifests.storage import Store
 from pipeline.bank.classifiers import (

@@ -170,9 +170,9 @@ def check_reachable(shards: Iterable[ShardEntry], named: Iterable[str]) -> None:
         more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
         raise BankError(
             f"dataset.shards must name the bank's {gone[0].name}{more}, which the job "
-            f"has to read, got none, and {gone[0].url}, where it was last found, cannot "
-            "be read; add where it is now (a copy keeps its name), or go on with the "
-            "shards that you have: teachonce export BANK DEST --shards NAME ..."
+            f"has to read, got none, and {gone[0].url}, where it was last found, "
+            "cannot be read; add where it is now (a copy keeps its name), or go on "
+            "with the shards you have: teachonce export BANK DEST --shards NAME ..."
         )
 
 

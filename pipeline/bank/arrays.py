@@ -151,7 +151,7 @@ class ArraySpec:
 
 
 def _check_types(spec: ArraySpec) -> None:
-    """Raises TypeError where JSON held another type that compares equal: 2.0 or true."""
+    """Raises TypeError where JSON held what compares equal and is not: 2.0, true."""
     for number in (*spec.row_shape, spec.block_rows, spec.chunk_rows):
         if type(number) is not int:
             raise TypeError(f"{number!r} is no length")

@@ -122,7 +122,11 @@ def _row_groups(data: bytes, where: str, hint: str) -> Iterator[dict[str, list[A
 
 def check_spans(table: pa.Table) -> None:
     """Raises ValueError where an index's rows cannot lie in any shard."""
-    names = [name for name in ("shard", "key", "offset", "size") if name in table.schema.names]
+    names = [
+        name
+        for name in ("shard", "key", "offset", "size")
+        if name in table.schema.names
+    ]
     if any(table[name].null_count for name in names):
         raise ValueError("values are missing")
     for name in ("offset", "size"):

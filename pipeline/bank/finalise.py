@@ -75,9 +75,7 @@ class BlockFacts:
         return found
 
 
-def _read_part(
-    store: Store, part: str
-) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
+def _read_part(store: Store, part: str) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
     path = f"dataset/{part}.parquet"
     return read_rows(store.read(path), store.url_of(path))
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from manifests.bank import MAX_BLOCK_ROWS, BankRecord, OutputEntry, PassEntry
 from manifests.errors import BankError, TeachOnceError
-from manifests.inputs import InputConfig
+from manifests.inputs import INPUT
 from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.classifiers import classifier_arrays
@@ -27,16 +27,8 @@ MAX_BLOCKS = 2**24
 MAX_VIEWS = 2**16
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,199}")
-_INPUT = TypeAdapter[InputConfig](InputConfig)
 # What deriving something from JSON of another make may raise.
-_FAULTS = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-    TeachOnceError,
-)
+_FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 
 def check_record(record: BankRecord, where: str) -> None:
@@ -49,21 +41,21 @@ def check_record(record: BankRecord, where: str) -> None:
     Raises:
         BankError: it contradicts itself; says where.
     """
+    cause: Exception | None = None
     try:
-        for problem in _problems(record):
-            raise BankError(
-                f"{where} must hold together, but {problem}; restore it from a copy, "
-                "everything else of the bank is still there"
-            )
-        _derive(record)
-    except BankError:
-        raise
+        problem = next(_problems(record), None)
+        if problem is None:
+            _derive(record)
+    except TeachOnceError as error:
+        problem, cause = str(error), error
     except _FAULTS as error:
+        told = f"{type(error).__name__}: {str(error)[:200]}"
+        problem, cause = f"what follows from it fails ({told})", error
+    if problem is not None:
         raise BankError(
-            f"{where} must hold together, but what follows from it fails "
-            f"({type(error).__name__}: {str(error)[:200]}); restore it from a copy, "
+            f"{where} must hold together, but {problem}; restore it from a copy, "
             "everything else of the bank is still there"
-        ) from error
+        ) from cause
 
 
 def _problems(record: BankRecord) -> Iterator[str]:
@@ -174,18 +166,20 @@ def _derive(record: BankRecord) -> None:
     """Derives what readers do from a record, for the errors."""
     view0 = {name: one.view0 for name, one in record.inputs.items() if one.view0}
     ViewPolicy.from_json({**record.views, "view0": view0})
-    for name, entry in record.inputs.items():
+    for name, given in record.inputs.items():
         try:
-            _INPUT.validate_python(entry.config)
+            INPUT.validate_python(given.config)
         except ValidationError as error:
-            raise ValueError(f"input {name} is none: {error.errors()[0]['msg']}") from error
+            raise ValueError(
+                f"input {name} is none: {error.errors()[0]['msg']}"
+            ) from error
     layout.row_arrays(record)
     layout.group_paths(record)
     for one in classifier_arrays(record):
         _ = (*one.shape, one.facts["scale"], one.facts["bias"], one.facts["sha256"])
     for entry in record.passes:
         str(entry.model)
-        float(entry.flops_per_row) + entry.input_bytes + entry.working_bytes
+        _ = entry.flops_per_row + entry.input_bytes + entry.working_bytes
         for output in entry.outputs:
             entry.has_own_geometry(output.size)
             entry.pads(output.size)

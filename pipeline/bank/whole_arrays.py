@@ -7,7 +7,9 @@ first. It is imported when one is read: opening a bank needs none of its 0.2 sec
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +36,15 @@ _FAULTS = (
     TypeError,
     ValueError,
 )
+# Axes of channels that each kind of statistics has.
+_STATISTICS = {
+    "mean": 1,
+    "variance": 1,
+    "covariance": 2,
+    "mean_direction": 1,
+    "dispersion": 0,
+    "count": 0,
+}
 _HINT = "run the same `teachonce precompute` with --repair, it is made anew"
 
 
@@ -50,18 +61,18 @@ def read_whole(features: Store, record: BankRecord, path: str) -> npt.NDArray[An
             record says.
     """
     import zarr
-    from zarr.errors import ContainsGroupError, NodeTypeValidationError
 
     where = features.url_of(path)
-    if features.size(f"{path}/zarr.json") is None:
+    wanted = _wanted(record, path)
+    if wanted is None and path in layout.group_paths(record):
+        raise BankError(f"{where} is a group, not an array")
+    if wanted is None or features.size(f"{path}/zarr.json") is None:
         raise BankError(f"no array {path!r} in {features.url}")
     try:
         array = zarr.open_array(features.url_of(path), mode="r", zarr_format=3)
-    except (ContainsGroupError, NodeTypeValidationError) as error:
-        raise BankError(f"{where} is a group, not an array") from error
     except _FAULTS as error:
         raise _damaged(f"{where}/zarr.json", error) from error
-    _check_shape(array, record, path, where)
+    _check_shape(array, wanted, where)
     names = array.metadata.dimension_names or ("",)  # type: ignore[union-attr]
     # A bank that grows has longer arrays than its record says.
     num_rows = record.num_rows if names[:1] == ("sample",) else None
@@ -79,42 +90,56 @@ def _damaged(where: str, error: BaseException) -> BankError:
     return BankError(f"{where} is damaged ({told}); {_HINT}")
 
 
-def _check_shape(
-    array: zarr.Array[Any], record: BankRecord, path: str, where: str
-) -> None:
+@dataclass(frozen=True)
+class _Wanted:
+    """What the record says of an array.
+
+    Attributes:
+        lead: least lengths of its first axes: rows, and views where it has them.
+        rest: lengths of the others.
+        kinds: NumPy's kinds of type that it may have.
+    """
+
+    lead: tuple[int, ...]
+    rest: tuple[int, ...]
+    kinds: str
+
+
+def _check_shape(array: zarr.Array[Any], wanted: _Wanted, where: str) -> None:
     """Raises BankError where an array is not the one that the record speaks of."""
-    made = next((one for one in layout.row_arrays(record) if one.path == path), None)
-    if made is not None:
-        rows, views = record.num_rows, record.num_views
-        wanted = made.empty(0, views)
-        lead = 2 if made.has_view else 1
-        # Rows and views may be more: another run is growing the bank.
-        is_long = array.shape[:lead] >= (rows, views)[:lead]
-        is_same = len(array.shape) == wanted.ndim and is_long
-        is_same &= array.shape[lead:] == wanted.shape[lead:]
-        is_same &= np.dtype(array.dtype).kind == wanted.dtype.kind
-        rule = f"have {rows} rows of {wanted.dtype} {wanted.shape[lead:]}"
-    else:
-        # Statistics and classifiers: no axis is longer than there are channels.
-        longest = max(_lengths(record))
-        is_same = len(array.shape) <= 2 and max(array.shape, default=0) <= longest
-        rule = f"have at most 2 axes of at most {longest}"
-        spec = next((s for s in layout.feature_arrays(record) if s.path == path), None)
-        if spec is not None:
-            is_same = array.shape[-len(spec.row_shape) :] == spec.row_shape
-            rule = f"have rows of {spec.row_shape}"
-    if not is_same:
+    lead = len(wanted.lead)
+    # Rows and views may be more: another run is growing the bank.
+    is_long = all(map(operator.ge, array.shape[:lead], wanted.lead))
+    is_same = len(array.shape) >= lead and array.shape[lead:] == wanted.rest
+    kind = np.dtype(array.dtype).kind
+    if not (is_long and is_same and kind in wanted.kinds):
         raise BankError(
-            f"{where} must {rule}, got {array.dtype} {array.shape}; {_HINT}"
+            f"{where} must be of shape {(*wanted.lead, *wanted.rest)} or longer, got "
+            f"{array.dtype} of {array.shape}; {_HINT}"
         )
 
 
-def _lengths(record: BankRecord) -> Iterator[int]:
-    yield 1
-    for _, _, output in layout.outputs(record):
-        yield output.shape[-1]
+def _wanted(record: BankRecord, path: str) -> _Wanted | None:
+    """Returns what the record says of an array, None where it knows of none there."""
+    rows, views = record.num_rows, record.num_views
+    for made in layout.row_arrays(record):
+        if made.path == path:
+            kind = made.empty(0, views).dtype.kind
+            lead = (rows, views) if made.has_view else (rows,)
+            return _Wanted(lead, made.row_shape, kind)
+    for spec in layout.feature_arrays(record):
+        if spec.path == path:
+            lead = (rows, views) if spec.has_view else (rows,)
+            return _Wanted(lead, spec.row_shape, spec.numpy_dtype.kind)
     for classifier in classifier_arrays(record):
-        yield from classifier.shape
+        if classifier.path == path:
+            return _Wanted((), classifier.shape, "f")
+    for output_path, _, output in layout.outputs(record):
+        level, _, name = output_path.rpartition("/")
+        for what, num_axes in _STATISTICS.items():
+            if path == f"{level}/stats/{name}_{what}":
+                return _Wanted((), (output.shape[-1],) * num_axes, "fiu")
+    return None
 
 
 def _object_names(

@@ -19,7 +19,6 @@ from pathlib import Path
 from tests.fuzz.campaign import run_campaign
 from tests.fuzz.targets import TARGETS, Target
 
-
 # An arena of address space per thread, of which little is used, would hide the bound.
 _ENVIRONMENT = {"MALLOC_ARENA_MAX": "2", "OMP_NUM_THREADS": "1"}
 
@@ -32,7 +31,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--target", choices=[*TARGETS, "bank"], required=True)
     parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--rounds", type=int, help="mutants; as many as there is time for")
+    parser.add_argument(
+        "--rounds", type=int, help="mutants; as many as there is time for"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for inputs that do harm")
     options = parser.parse_args()
@@ -44,7 +45,8 @@ def main() -> int:
     until = started + 60 * options.minutes
     campaign = run_campaign(target, options.seed, options.rounds, until, keep)
     print(
-        f"{options.target}: {campaign.inputs} inputs in {time.monotonic() - started:.0f} s, "
+        f"{options.target}: {campaign.inputs} inputs in "
+        f"{time.monotonic() - started:.0f} s, "
         f"{campaign.accepted} taken, {campaign.refused} refused, "
         f"{len(campaign.found)} against the law"
     )

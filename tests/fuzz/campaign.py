@@ -1,4 +1,4 @@
-"""Runs a target over its corpus and mutants of it, within a deadline and a memory bound.
+"""Runs a target over its corpus and mutants of it, within a deadline and a memory.
 
 Meant for a process of its own: it limits its address space, and an input that takes
 longer than the deadline ends it. The input at work always lies in a file, so that
@@ -102,7 +102,7 @@ def _run_one(
     except TeachOnceError as refusal:
         campaign.refused += 1
         error = refusal if _lacked_memory(refusal) else None
-    except Exception as unexpected:  # noqa: BLE001 - the law is that there is none
+    except Exception as unexpected:  # the law is that there is none
         error = unexpected
     finally:
         faulthandler.cancel_dump_traceback_later()

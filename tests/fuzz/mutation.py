@@ -21,14 +21,26 @@ from typing import Any
 _NUMBERS = (0, 1, 2, 7, 8, 127, 128, 255, 256, 511, 512, 513, 32767, 32768, 65535)
 _NUMBERS += (2**24, 2**24 + 1, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63)
 _NUMBERS += (-1, -2, -128, -32768, -(2**31), -(2**63), 10**11, 2**64 - 1)
-_TEXTS = ("", " ", "\0", "..", "../../x", "/etc/passwd", "é\u202e", "\ud800", "x" * 5000)
+_TEXTS = (
+    "",
+    " ",
+    "\0",
+    "..",
+    "../../x",
+    "/etc/passwd",
+    "é\u202e",
+    "\ud800",
+    "x" * 5000,
+)
 _TEXTS += ("nan", "-0", "1e999", "0-99999999999", "{}", "%s", "*", "a.b", "a/b", "null")
 _TEXTS += ("memory://x/{0..99999999}", "https://", "file:", "auto", "float32", "patch")
 _DIGITS = re.compile(rb"\d+")
 _WORDS = re.compile(rb"[A-Za-z_][A-Za-z_0-9]*")
 
 
-def mutate(name: str, data: bytes, draw: random.Random, others: Sequence[bytes]) -> bytes:
+def mutate(
+    name: str, data: bytes, draw: random.Random, others: Sequence[bytes]
+) -> bytes:
     """Returns a mutant of a seed.
 
     Args:
@@ -73,7 +85,9 @@ def _flip(found: bytearray, draw: random.Random, others: Sequence[bytes]) -> Non
 
 def _byte(found: bytearray, draw: random.Random, others: Sequence[bytes]) -> None:
     if found:
-        found[_place(found, draw) % len(found)] = draw.choice((0, 1, 9, 10, 32, 47, 255))
+        found[_place(found, draw) % len(found)] = draw.choice(
+            (0, 1, 9, 10, 32, 47, 255)
+        )
 
 
 def _number(found: bytearray, draw: random.Random, others: Sequence[bytes]) -> None:
@@ -96,7 +110,9 @@ def _word(found: bytearray, draw: random.Random, others: Sequence[bytes]) -> Non
     places = list(_WORDS.finditer(found[: 2**16]))
     if places:
         place, other = draw.choice(places), draw.choice(places)
-        text = draw.choice((other[0], draw.choice(_TEXTS).encode(errors="surrogatepass")))
+        text = draw.choice(
+            (other[0], draw.choice(_TEXTS).encode(errors="surrogatepass"))
+        )
         found[place.start() : place.end()] = text
 
 

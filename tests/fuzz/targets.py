@@ -118,10 +118,14 @@ def read_points(name: str, data: bytes) -> None:
         points = sweep.points
         check(points.dtype == np.float32, "points are no float32")
         check(points.ndim == 2 and points.shape[1] == len(columns), "another shape")
-        check(len(points) > 0 and np.isfinite(points).all(), "points that cannot be used")
+        check(
+            len(points) > 0 and np.isfinite(points).all(), "points that cannot be used"
+        )
         total = len(points) + sweep.num_dropped
         stored = np.arange(total) if sweep.stored is None else sweep.stored
-        check(len(stored) == len(points) and stored[-1] < total, "points are misnumbered")
+        check(
+            len(stored) == len(points) and stored[-1] < total, "points are misnumbered"
+        )
     if errors:
         raise errors[0]
 
@@ -167,7 +171,9 @@ def _read_document(kind: str, path: str, data: bytes) -> None:
             load_probe(path)
         case "override":
             job = Path(path).with_name("job.yaml")
-            job.write_text("bank: ./bank\nteachers: {net: {model: timm:x, sizes: [[1, 1]]}}\n")
+            job.write_text(
+                "bank: ./bank\nteachers: {net: {model: timm:x, sizes: [[1, 1]]}}\n"
+            )
             load_job(str(job), [data.decode("utf-8", "surrogateescape")])
         case "dataset":
             load_json(DatasetRecord, data, path)
@@ -235,7 +241,5 @@ TARGETS = {
     "tar": Target("tar", read_shard, 64 * MIB),
     "points": Target("points", read_points, 128 * MIB, _small_points),
     "images": Target("images", read_image, 128 * MIB, _small_images),
-    "manifests": Target(
-        "manifests", read_manifest, 128 * MIB, seeds=_sound_manifests
-    ),
+    "manifests": Target("manifests", read_manifest, 128 * MIB, seeds=_sound_manifests),
 }

@@ -1,4 +1,4 @@
-"""The law is enforced: a target that breaks it is found out, with the input that does."""
+"""The law is enforced: who breaks it is found out, with the input that did it."""
 
 from __future__ import annotations
 

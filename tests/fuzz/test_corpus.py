@@ -1,4 +1,4 @@
-"""Hostile input: the corpus and some mutants of it, each target in a process of its own.
+"""Hostile input: the corpus and some mutants, each target in a process of its own.
 
 ``python -m tests.fuzz`` runs as many as one likes; what it ever found is in the corpus.
 """
@@ -39,7 +39,7 @@ def test_no_error_but_ours_no_hang_and_little_memory(
     assert told is not None, done.stdout
     inputs, taken, refused = map(int, told.groups())
     assert inputs > MUTANTS[target]
-    # Seeds that are sound are taken, and not all mutants are: it reads what it is given.
+    # Seeds that are sound are taken, and not all mutants: it reads what it gets.
     assert taken > 5
     assert target == "tar" or refused > 5
 

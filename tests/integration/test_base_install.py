@@ -189,7 +189,7 @@ def test_verbs_for_who_is_handed_a_bank(python: Path, folder: Path) -> None:
 def test_verbs_that_need_more_say_what_to_install(
     refused: dict, line: str, extra: str
 ) -> None:
-    code, out, err = refused[line]
+    code, _, err = refused[line]
     assert code == 2, err
     assert err.count("\n") == 1
     assert re.search(rf"install(ed)?.* teachonce\[{extra}\]$", err.strip()), err

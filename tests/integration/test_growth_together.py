@@ -52,12 +52,12 @@ def check_kept(bank: Path, before: dict[str, str]) -> None:
 
 
 class People:
-    """A bank of two shards, and people with folders and copies of the data of their own."""
+    """A bank of two shards, and people with folders and copies of their own."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.bank = folder / "bank"
-        self.data = [path.parent for path in write_shards(folder, [7, 4])][0]
+        self.data = write_shards(folder, [7, 4])[0].parent
         self.job = self.write("maker", teachers={"net": NET})
 
     def write(self, person: str, **fields: object) -> Path:

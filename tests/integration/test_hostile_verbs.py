@@ -1,4 +1,4 @@
-"""Hostile shards through every verb: index, plan, precompute, verify, the trainer, pack.
+"""Hostile shards through index, plan, precompute, verify, the trainer and pack.
 
 The corpus of ``tests/data`` in one job: whatever one file is, the others' samples come
 out, and every row and every damage has its name.
@@ -159,7 +159,10 @@ def test_pack_leaves_out_what_is_no_file(tmp_path, capsys):
     ("line", "message"),
     [
         ('{"jpg": "a.jpg", "json": ' + "[" * 5000 + "]" * 5000 + "}", "must be JSON"),
-        ('{"jpg": "a.jpg", "json": "' + r"{\"a\": " * 5000 + '"}', "must hold JSON or a"),
+        (
+            '{"jpg": "a.jpg", "json": "' + r"{\"a\": " * 5000 + '"}',
+            "must hold JSON or a",
+        ),
         ('{"jpg": "a.jpg", "json": {"a": "\\ud800"}}', "must hold Unicode, got half a"),
         ('{"jpg": "a.jpg", "cls": ' + "9" * 5000 + "}", "must be JSON"),
     ],

@@ -1,4 +1,4 @@
-"""Another team is handed a bank: its shards lie elsewhere, the maker's places are gone."""
+"""Another team is handed a bank; its copy of the shards lies elsewhere."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def handed(maker: Path, tmp_path: Path) -> Handed:
 
 def same(mine: list, theirs: list) -> None:
     assert len(mine) == len(theirs) > 2
-    for (pixels, values), (other_pixels, other_values) in zip(mine, theirs, strict=True):
+    for (pixels, values), (other_pixels, other_values) in zip(
+        mine, theirs, strict=True
+    ):
         np.testing.assert_array_equal(pixels, other_pixels)
         np.testing.assert_array_equal(values, other_values)
 
@@ -114,7 +116,7 @@ def test_a_student_learns_from_the_same_batches(handed: Handed) -> None:
     same(handed.batches(f"{handed.raw}/*.tar"), handed.first)
     refused(
         lambda: handed.batches(None),
-        r"data.shards: cannot read /nowhere/else/data/train-00000.tar: nothing is there",
+        r"data.shards: cannot read /nowhere/else/data/train-00000.tar: nothing is",
     )
     recipe = {
         "run": "./run",
@@ -143,9 +145,9 @@ def test_a_teacher_is_added_by_shards_that_lie_elsewhere(handed: Handed) -> None
     assert precompute(load_job(str(job)), quiet=True).is_whole
     after = objects(handed.bank)
     assert {path: after[path] for path in before} == before
-    assert {path.split("/")[1] for path in set(after) - set(before)} == {"other.image"} | {
-        "other"
-    }
+    assert {path.split("/")[1] for path in set(after) - set(before)} == {
+        "other.image"
+    } | {"other"}
     store, record = open_record(str(handed.bank))
     assert verify(store, record, full=True).is_sound
     # The bank knows where they are now, under the names that it gave them.
