@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import random
+import re
 import resource
 import shutil
 import sys
@@ -140,6 +141,12 @@ def _last_lines(error: BaseException) -> str:
 
 
 def _peak_bytes() -> int:
+    # On Linux ru_maxrss begins with what the parent held when it started this process.
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
+        if found:
+            return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

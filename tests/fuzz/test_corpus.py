@@ -16,7 +16,7 @@ import pytest
 from tests.conftest import ROOT
 from tests.fuzz.campaign import CORPUS, mutants
 
-MUTANTS = {"tar": 150, "points": 400, "images": 250, "manifests": 200, "bank": 15}
+MUTANTS = {"tar": 100, "points": 400, "images": 250, "manifests": 120, "bank": 8}
 
 
 @pytest.mark.parametrize("target", MUTANTS)
