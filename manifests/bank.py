@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, field_serializer, field_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from manifests.document import Strict
 from manifests.exported import ExportedFrom
@@ -19,6 +19,8 @@ BANK_SCHEMA = 1
 # The sum of all results crosses a shuffle: it stays small however much fails.
 MAX_FAILURES = 1000
 ROWS_TEACHER = "rows"
+MAX_BLOCK_ROWS = 2**22
+"""Most rows of a block: then 16 bytes a row fill an object's 64 MiB."""
 
 
 class ShardEntry(Strict):
@@ -253,7 +255,13 @@ def parse_runs(text: str) -> tuple[int, ...]:
     found: list[int] = []
     for run in text.split(",") if text else []:
         first, _, last = run.partition("-")
-        found += range(int(first), int(last or first) + 1)
+        rows = range(int(first), int(last or first) + 1)
+        # A few letters may ask for any amount of memory.
+        if not rows or rows[-1] >= MAX_BLOCK_ROWS:
+            raise ValueError(f"{run[:40]!r} must be ascending rows of a block")
+        if found and rows[0] <= found[-1]:
+            raise ValueError(f"{run[:40]!r} must follow row {found[-1]}")
+        found += rows
     return tuple(found)
 
 
@@ -262,10 +270,10 @@ class CommitContent(Strict):
 
     pass_id: str
     fingerprint: str
-    block: int
+    block: int = Field(ge=0)
     shard: str
-    rows: int
-    valid: int
+    rows: int = Field(ge=0, le=MAX_BLOCK_ROWS)
+    valid: int = Field(ge=0)
     invalid: dict[str, tuple[int, ...]] = Field(
         description="reason code to the rows of the block it holds for"
     )
@@ -282,6 +290,15 @@ class CommitContent(Strict):
             code: parse_runs(rows) if isinstance(rows, str) else rows
             for code, rows in value.items()
         }
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> CommitContent:
+        for code, rows in self.invalid.items():
+            if any(not 0 <= row < self.rows for row in rows):
+                raise ValueError(f"invalid.{code[:40]} must be rows below {self.rows}")
+        if self.valid > self.rows:
+            raise ValueError(f"valid must be at most {self.rows}, got {self.valid}")
+        return self
 
     @field_serializer("invalid")
     def _write_runs(self, value: dict[str, tuple[int, ...]]) -> dict[str, str]:

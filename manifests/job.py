@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from manifests.bank import MAX_BLOCK_ROWS
 from manifests.document import Strict, check_name, parse_bytes
 from manifests.inputs import InputConfig, LabelConfig, StoredInputConfig
 from manifests.teacher import TeacherConfig
@@ -94,7 +95,10 @@ class Job(Strict):
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     block_rows: int | None = Field(
-        None, ge=1, description="rows of a block; omitted: chosen once, when it is made"
+        None,
+        ge=1,
+        le=MAX_BLOCK_ROWS,
+        description="rows of a block; omitted: chosen once, when it is made",
     )
 
     @model_validator(mode="after")

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import posixpath
 import re
+import reprlib
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import (
@@ -50,6 +52,12 @@ _SAID_ALREADY = (
 _WEIGHTS_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".tar", ".npz")
 # Their models are folders and files, named by path.
 _FAMILIES_BY_PATH = ("student", "exported")
+# What a message shows of a document, which may be any stranger's.
+_MOST_FIELDS = 20
+_LONGEST = 500
+_REPR = reprlib.Repr()
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = _REPR.maxset = 20
+_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 200
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -79,6 +87,15 @@ def resolve_path(path: str, base: str) -> str:
         joined = posixpath.normpath(posixpath.join(folder, path))
         return path if path.startswith("/") else f"{scheme}://{joined}"
     return os.path.normpath(os.path.join(base, os.path.expanduser(path)))
+
+
+def _cut(text: str) -> str:
+    """Returns the beginning of a text: an error is a line that is read."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _shown(value: Any) -> str:
+    return _cut(_REPR.repr(value))
 
 
 def _branches(annotation: Any) -> list[Any]:
@@ -186,16 +203,21 @@ def explain(
     """Returns one error that names each field that is wrong, with the nearest name."""
     found: dict[str, list[str]] = {}
     got: dict[str, str] = {}
-    for item in error.errors():
+    items = error.errors()
+    for item in items:
         steps = _written_path(item["loc"], data, item["type"] == "missing")
         path = ".".join(str(step) for step in steps)
         found.setdefault(path, []).append(_complaint(item, steps, model, data))
         if item["type"] not in _SAID_ALREADY:
-            got[path] = f" (got {item['input']!r})"
+            got[path] = f" (got {_shown(item['input'])})"
     lines = [
-        (f"{path}: " if path else "") + " or ".join(said) + got.get(path, "")
-        for path, said in found.items()
+        (f"{_cut(path)}: " if path else "")
+        + " or ".join(map(_cut, said))
+        + got.get(path, "")
+        for path, said in itertools.islice(found.items(), _MOST_FIELDS)
     ]
+    if len(found) > _MOST_FIELDS:
+        lines.append(f"and {len(found) - _MOST_FIELDS} more")
     return ManifestError(f"{where}: {'; '.join(lines)}")
 
 

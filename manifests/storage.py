@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -111,11 +112,23 @@ def open_url(url: str) -> BinaryIO:
     fs, path = split_url(url)
     try:
         if _local_path(fs, path) is not None:
-            return open(path, "rb")
+            return _open_file(path)
         opened = fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead")
         return cast(BinaryIO, opened)
     except Exception as error:
         raise explain(error, "read", url) from error
+
+
+def _open_file(path: str | Path) -> BinaryIO:
+    """Returns a local file opened for reading: one that ends and does not block.
+
+    A pipe waits for a writer and a device may never end; what a shell passes is read.
+    """
+    mode = os.stat(path).st_mode
+    is_file = stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+    if not is_file and not str(path).startswith(("/dev/fd/", "/dev/stdin")):
+        raise OSError("a pipe or a device is no file; give a file")
+    return open(path, "rb")
 
 
 def read_url(url: str) -> bytes:
@@ -141,6 +154,12 @@ def read_range(url: str, start: int, end: int) -> bytes:
     return data
 
 
+def _check_inside(path: str) -> None:
+    """Raises ValueError unless a path stays in its store, whoever wrote it."""
+    if path.startswith("/") or "\0" in path or ".." in path.split("/"):
+        raise ValueError(f"{path[:200]!r} leads out of it; the path must stay inside")
+
+
 class Store:
     """A directory on any fsspec URL, addressed by relative, '/'-separated paths."""
 
@@ -163,13 +182,21 @@ class Store:
         return f"{self.url}/{path}"
 
     def _key(self, path: str) -> str:
+        _check_inside(path)
         return f"{self._root}/{path}"
+
+    def _file(self, path: str) -> Path:
+        """Returns where an object of a local store lies."""
+        assert self._local is not None
+        _check_inside(path)
+        return self._local / path
 
     def read(self, path: str) -> bytes:
         """Returns all bytes of one object; raises StorageError where it is missing."""
         try:
             if self._local is not None:
-                return (self._local / path).read_bytes()
+                with _open_file(self._file(path)) as file:
+                    return file.read()
             return bytes(self._fs.cat_file(self._key(path)))
         except Exception as error:
             raise explain(error, "read", self.url_of(path)) from error
@@ -187,7 +214,7 @@ class Store:
         """Returns an object's size in bytes, or None where it does not exist."""
         try:
             if self._local is not None:
-                return os.stat(self._local / path).st_size
+                return os.stat(self._file(path)).st_size
             return int(self._fs.info(self._key(path))["size"])
         except FileNotFoundError:
             return None
@@ -208,7 +235,7 @@ class Store:
         buffers = cast(Sequence[Buffer], [parts] if is_one else parts)
         try:
             if self._local is not None:
-                return self._create_local(self._local / path, buffers)
+                return self._create_local(self._file(path), buffers)
             data = b"".join(bytes(part) for part in buffers)
             self._fs.pipe_file(self._key(path), data, mode="create")
             return True
@@ -231,7 +258,7 @@ class Store:
         """Writes an object over whatever is there; readers see the old or the new."""
         try:
             if self._local is not None:
-                target = self._local / path
+                target = self._file(path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with self._temporary([data]) as temporary:
                     os.replace(temporary, target)
@@ -281,7 +308,7 @@ class Store:
         """Removes an object if it is there."""
         try:
             if self._local is not None:
-                (self._local / path).unlink(missing_ok=True)
+                self._file(path).unlink(missing_ok=True)
             else:
                 self._fs.rm_file(self._key(path))
         except FileNotFoundError:
@@ -293,6 +320,7 @@ class Store:
         """Yields (path inside the store, size) of every object under ``prefix``."""
         try:
             if self._local is not None:
+                _check_inside(prefix)
                 yield from self._list_local(self._local, prefix.rstrip("/"))
                 return
             self._fs.invalidate_cache()

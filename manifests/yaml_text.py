@@ -2,7 +2,8 @@
 
 PyYAML reads YAML 1.1, where ``on`` and ``no`` are truth values (so a teacher's ``on:``
 would not be a word), ``1e-4`` is text, ``1:30`` is ninety, and of two equal keys the
-first is lost without a word.
+first is lost without a word. Aliases let a few lines stand for billions of values, or
+for themselves: what a text holds is counted before anyone walks it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ import yaml
 
 from manifests.errors import ManifestError
 
+MAX_VALUES = 200_000
+"""Most values of a document, those behind aliases counted each time."""
+
+_SHOWN = 200
 _MERGE_TAG = "tag:yaml.org,2002:merge"
 _KEPT_TAGS = (_MERGE_TAG, "tag:yaml.org,2002:null")
 
@@ -41,6 +46,14 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Merges ``<<`` into a mapping; raises ConstructorError at too much."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, "more values than a document may hold", node.start_mark
+            )
+
 
 for _tag, _rule, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
@@ -59,7 +72,28 @@ for _tag, _rule, _first in (
 
 def _load_yaml(text: bytes | str) -> Any:
     # A subclass of SafeLoader: it makes nothing but plain values.
-    return yaml.load(text, _Loader)
+    try:
+        found = yaml.load(text, _Loader)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    _check_size(found)
+    return found
+
+
+def _check_size(document: Any) -> None:
+    """Raises ValueError where a document is too large once its aliases are followed."""
+    pending, num_values = [document], 0
+    while pending:
+        one = pending.pop()
+        if isinstance(one, dict):
+            pending += one.values()
+        elif isinstance(one, (list, tuple, set)):
+            pending += one
+        num_values += 1
+        if num_values + len(pending) > MAX_VALUES:
+            raise ValueError(
+                f"it holds more than {MAX_VALUES} values, aliases followed"
+            )
 
 
 def parse_yaml(text: bytes, where: str) -> dict[str, Any]:
@@ -92,8 +126,9 @@ def apply_overrides(data: dict[str, Any], overrides: Iterable[str]) -> None:
         ManifestError: an override has no '=', walks through a value, or names a place
             that its list does not have.
     """
-    for text in overrides:
-        path, equals, value = text.partition("=")
+    for given in overrides:
+        path, equals, value = given.partition("=")
+        text = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}..."
         *parents, last = path.split(".")
         if not equals or not all([*parents, last]):
             raise ManifestError(f"override must be key=value, got {text!r}")
@@ -122,7 +157,7 @@ def _child(target: dict[str, Any] | list[Any], step: str, text: str) -> Any:
     """Returns what stands at one step of an override's path."""
     if isinstance(target, dict):
         return target[step]
-    if not step.isdecimal() or int(step) >= len(target):
+    if not step.isdecimal() or len(step) > 9 or int(step) >= len(target):
         raise ManifestError(
             f"override {text!r}: {step} must be a place in a list of {len(target)}, "
             "counted from 0"

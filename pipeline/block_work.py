@@ -24,7 +24,7 @@ from manifests.storage import Store
 from pipeline.bank.adoption import adopt_object, refuse_orphan
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.objects import encode_object, object_crc32c, object_size
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.bank.rows import RowFacts, encode_rows, object_path
 from pipeline.decoding import SampleSchema, decode_sample
 from pipeline.live import LivePass, StoredOutput, explain_failure

@@ -61,9 +61,12 @@ def load_index(url: str) -> list[IndexedShard]:
 
     Raises:
         ManifestError: it is not such a record, or its Parquet does not agree with it.
+        BankError: its Parquet is damaged.
     """
     record = load_json(DatasetRecord, read_url(url), url)
-    rows = dict(read_rows(read_url(url.removesuffix(".json") + ".parquet")))
+    parquet = url.removesuffix(".json") + ".parquet"
+    hint = "run `teachonce index` again"
+    rows = dict(read_rows(read_url(parquet), parquet, hint))
     shards = []
     for shard in record.shards:
         found = rows.get(shard.name, ())

@@ -5,32 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import zarr
-from zarr.storage import MemoryStore
 
 from manifests.bank import BankRecord
+from manifests.errors import BankError
 from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.holdings import read_holdings
 from pipeline.bank.lock import read_lock
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.bank.statistics import dead_channels
+from pipeline.bank.whole_arrays import read_whole
 from pipeline.runs import list_runs
 
 
-def _variance(store: Store, path: str) -> np.ndarray | None:
-    """Returns the variance of an output, None where it has no statistics."""
+def _variance(store: Store, record: BankRecord, path: str) -> np.ndarray | None:
+    """Returns the variance of an output, None where it has no sound statistics."""
     level, _, name = path.rpartition("/")
-    folder = f"{FEATURES}/{level}/stats/{name}_variance"
-    document = store.read_or_none(f"{folder}/zarr.json")
-    data = store.read_or_none(f"{folder}/c.0")
-    if document is None or data is None:
+    features = Store(store.url_of(FEATURES))
+    try:
+        return read_whole(features, record, f"{level}/stats/{name}_variance")
+    except BankError:
+        # What is missing is told beside it; `verify` speaks of damage.
         return None
-    from zarr.core.buffer import default_buffer_prototype
-
-    make = default_buffer_prototype().buffer.from_bytes
-    held = MemoryStore({"zarr.json": make(document), "c.0": make(data)})
-    return np.asarray(zarr.open_array(held, mode="r")[:])
 
 
 def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
@@ -63,7 +59,7 @@ def bank_facts(store: Store, record: BankRecord) -> dict[str, Any]:
     for path, entry, output in layout.outputs(record):
         if entry.holds_inputs:
             continue
-        variance = _variance(store, path)
+        variance = _variance(store, record, path)
         dead = [] if variance is None else dead_channels(variance).tolist()
         outputs[path] = {
             "shape": list(output.shape),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from manifests.bank import BankRecord, InputEntry, PassEntry
+from manifests.bank import BankRecord, InputEntry, PassEntry, ShardEntry
 from manifests.errors import BankError, ManifestError
 from manifests.inputs import INPUT, InputConfig
 from manifests.job import Job
@@ -29,6 +29,7 @@ from pipeline.inputs import ProbedShard, resolve_input, view_policy
 from pipeline.samples import sources
 from pipeline.shard_table import (
     ShardChanges,
+    check_reachable,
     classify_shards,
     find_shards,
     shard_table,
@@ -64,6 +65,16 @@ class Plan:
     def missing_blocks(self) -> dict[str, list[int]]:
         """Returns the blocks each wanted pass still lacks, retired shards left out."""
         return self._missing
+
+    @property
+    def shards_to_read(self) -> list[ShardEntry]:
+        """Returns the shards with blocks that a wanted pass still lacks."""
+        lacking = {block for found in self._missing.values() for block in found}
+        return [
+            shard
+            for shard in self.record.shards
+            if not shard.retired and not lacking.isdisjoint(shard.block_numbers)
+        ]
 
     @property
     def passes_to_do(self) -> tuple[str, ...]:
@@ -156,7 +167,7 @@ def make_plan(
         state=record.state if record else None,
     )
     held = {entry.id for entry in record.passes} if record else set()
-    return Plan(
+    plan = Plan(
         job=job,
         existing=record,
         record=planned,
@@ -170,6 +181,8 @@ def make_plan(
         },
         missing_weights=missing,
     )
+    check_reachable(plan.shards_to_read, urls)
+    return plan
 
 
 def _created_by() -> str:
@@ -221,7 +234,7 @@ def _check_same_bank(job: Job, record: BankRecord, changes: ShardChanges) -> Non
         raise BankError(
             f"bank {job.bank} is another job's: it was made from shards {names} ..., "
             "none of which this job names; choose another `bank`, or list its shards "
-            "as well"
+            "as well (a copy keeps its name)"
         )
     for name, config in job.inputs.items():
         held = record.inputs.get(name)
@@ -281,7 +294,8 @@ def _probed(
         shard.part for shard in (record.shards if record else ())
     ):
         assert record is not None
-        rows = dict(read_rows(store.read(f"dataset/{part}.parquet")))
+        path = f"dataset/{part}.parquet"
+        rows = dict(read_rows(store.read(path), store.url_of(path)))
         for shard in record.shards:
             if shard.part == part and not shard.retired and shard.name in rows:
                 url = shard.url

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from manifests.bank import BankRecord, ShardEntry, WorkResult
-from manifests.errors import ManifestError, TeachOnceError
+from manifests.errors import BankError, ManifestError, TeachOnceError
 from manifests.job import Job
 from manifests.storage import Store
 from pipeline.bank.classifiers import (
@@ -226,9 +226,16 @@ def rows_lookup(store: Store, plan: Plan) -> Callable[[ShardEntry], Sequence[Sha
             return fresh[shard.name]
         if shard.part not in parts:
             parts.clear()
-            data = store.read(f"dataset/{shard.part}.parquet")
-            parts[shard.part] = dict(read_rows(data))
-        return parts[shard.part][shard.name]
+            path = f"dataset/{shard.part}.parquet"
+            parts[shard.part] = dict(read_rows(store.read(path), store.url_of(path)))
+        found = parts[shard.part].get(shard.name, ())
+        if len(found) != shard.samples:
+            raise BankError(
+                f"{store.url_of(f'dataset/{shard.part}.parquet')} must hold the "
+                f"{shard.samples} rows of {shard.name}, got {len(found)}; restore it "
+                "from a copy"
+            )
+        return found
 
     return rows_of
 

@@ -78,6 +78,22 @@ def end_run(store: Store, run_id: str, result: Mapping[str, Any]) -> None:
 
 
 def list_runs(store: Store) -> list[dict[str, Any]]:
-    """Returns the records of all runs, oldest first."""
+    """Returns the records of all runs, oldest first; of a damaged one, its name."""
     paths = sorted(path for path, _ in store.list("runs") if path.endswith(".json"))
-    return [json.loads(store.read(path)) for path in paths]
+    found = []
+    for path in paths:
+        try:
+            record = json.loads(store.read(path))
+        except (ValueError, RecursionError):
+            record = None
+        name = path.rpartition("/")[2].removesuffix(".json")
+        found.append({**(record if _is_run(record) else {}), "run": name})
+    return found
+
+
+def _is_run(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("owner", {}), dict)
+        and isinstance(record.get("result") or {}, dict)
+    )

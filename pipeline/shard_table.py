@@ -9,13 +9,13 @@ new entry ``name@2``, and the old one is retired.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 
 from manifests.bank import BankRecord, ShardEntry
 from manifests.dataset import ShardRecord
-from manifests.errors import StorageError
+from manifests.errors import BankError, StorageError
 from manifests.storage import Stat, stat_url
 from pipeline import index
 from pipeline.bank.dataset_index import IndexedShard
@@ -151,6 +151,29 @@ def _moved_from(
         if _VERSION.sub("", entry.name) == found.name and not _exists(entry.url):
             return entry
     return None
+
+
+def check_reachable(shards: Iterable[ShardEntry], named: Iterable[str]) -> None:
+    """Checks that shards which a job must read and does not name are where they were.
+
+    Args:
+        shards: of the bank, those with blocks that the job still lacks.
+        named: URLs of the job's shards; they have been seen already.
+
+    Raises:
+        BankError: one is not; a receiver's job says where his copies lie.
+    """
+    seen = set(named)
+    others = [shard for shard in shards if shard.url not in seen]
+    gone = [shard for shard in others if not _exists(shard.url)]
+    if gone:
+        more = f" and {len(gone) - 1} more" if len(gone) > 1 else ""
+        raise BankError(
+            f"dataset.shards must name the bank's {gone[0].name}{more}, which the job "
+            f"has to read, got none, and {gone[0].url}, where it was last found, "
+            "cannot be read; add where it is now (a copy keeps its name), or go on "
+            "with the shards you have: teachonce export BANK DEST --shards NAME ..."
+        )
 
 
 def _exists(url: str) -> bool:

@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from math import ceil, lcm
 
+from manifests.bank import MAX_BLOCK_ROWS
+
 MAX_OBJECT_BYTES = 64 * 2**20
 MAX_PADDING = 0.15
 MAX_WORKING_BYTES = 512 * 2**20
@@ -79,6 +81,7 @@ def choose_block_rows(
     sizes = [size for size in shard_sizes if size > 0] or [1]
     unit = lcm(*batches) if batches else 1
     by_bytes = max(1, MAX_OBJECT_BYTES // max(largest_row_bytes, 1))
+    by_bytes = min(by_bytes, MAX_BLOCK_ROWS)
     needed = ceil(max(sizes) / unit) * unit
     multiples = range(unit, min(by_bytes, needed) + 1, unit)
     # Exactly 15 % is allowed, whatever floating point makes of it.

@@ -38,8 +38,14 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("teachonce")
     if name in _PUBLIC:
-        from teachonce.environment import check_packages
+        from teachonce.environment import check_packages, explain_missing
 
         check_packages()
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+        try:
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
+        except ImportError as error:
+            missing = explain_missing(error, name)
+            if missing is None:
+                raise
+            raise ImportError(missing, name=error.name, path=error.path) from error
     raise AttributeError(f"module 'teachonce' has no attribute {name!r}")

@@ -13,7 +13,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from teachonce.environment import ForeignPackageError, check_packages
+from teachonce.environment import (
+    ForeignPackageError,
+    check_packages,
+    explain_missing,
+)
 
 DONE, WRONG, UNUSABLE = 0, 1, 2
 
@@ -498,6 +502,12 @@ def _run(args: argparse.Namespace) -> int:
         os._exit(WRONG)
     except BrokenPipeError:
         return WRONG
+    except ImportError as error:
+        missing = explain_missing(error, args.verb)
+        if missing is None:
+            raise
+        _say(args.verb, missing)
+        return UNUSABLE
     except TeachOnceError as error:
         _say(args.verb, error)
         return WRONG if type(error).__name__ == "RunStopped" else UNUSABLE

@@ -141,11 +141,25 @@ class ArraySpec:
         try:
             fields["row_shape"] = tuple(fields["row_shape"])
             fields["dimension_names"] = tuple(fields["dimension_names"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
+            spec = cls(**fields)
+            _check_types(spec)
+        except (AttributeError, KeyError, TypeError) as error:
             raise BankError(
                 f"array must have the fields of ArraySpec: {error}"
             ) from error
+        return spec
+
+
+def _check_types(spec: ArraySpec) -> None:
+    """Raises TypeError where JSON held what compares equal and is not: 2.0, true."""
+    for number in (*spec.row_shape, spec.block_rows, spec.chunk_rows):
+        if type(number) is not int:
+            raise TypeError(f"{number!r} is no length")
+    for text in (spec.path, *spec.dimension_names):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no name")
+    if not isinstance(spec.attributes, Mapping) or type(spec.has_view) is not bool:
+        raise TypeError("attributes must be a mapping and has_view a truth value")
 
 
 def chunk_rows_for(row_bytes: int, block_rows: int) -> int:
@@ -235,7 +249,7 @@ def resized(metadata: bytes, num_rows: int, num_views: int) -> bytes:
         document = json.loads(metadata)
         shape, names = document["shape"], document["dimension_names"]
         has_view = names[1:2] == ["view"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise BankError(f"zarr.json must describe an array: {error!r}") from error
     grown = [num_rows, num_views] if has_view else [num_rows]
     if any(new < old for new, old in zip(grown, shape, strict=False)):

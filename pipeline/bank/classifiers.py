@@ -18,7 +18,7 @@ import numpy.typing as npt
 from manifests.bank import BankRecord, OutputEntry, PassEntry
 from manifests.storage import Store
 from pipeline.bank import layout
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 
 SUFFIX = "_classifier"
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from manifests.bank import Commit, CommitContent
 from manifests.errors import BankError
@@ -16,6 +18,7 @@ from pipeline.bank.row_index import decode_table, encode_table
 
 BLOCKS_PATH = "blocks.parquet"
 _READERS = 16
+_BLOCK_NAME = re.compile(r"[0-9]{8,12}\.json")
 _SCHEMA = pa.schema(
     [
         ("pass", pa.string()),
@@ -50,12 +53,15 @@ def write_commit(store: Store, commit: Commit) -> bool:
 
 def list_commits(store: Store, pass_id: str) -> set[int]:
     """Returns the blocks of a pass that are committed, by listing their names."""
-    blocks = set()
+    blocks: set[int] = set()
     for path, _ in store.list(f"commits/{pass_id}"):
-        name = path.rsplit("/", 1)[-1]
-        if name.endswith(".json") and name[:-5].isdigit():
-            blocks.add(int(name[:-5]))
+        blocks |= block_of(path.rsplit("/", 1)[-1])
     return blocks
+
+
+def block_of(name: str) -> set[int]:
+    """Returns the block that a file in a folder of commits is of; none if it is not."""
+    return {int(name[:-5])} if _BLOCK_NAME.fullmatch(name) else set()
 
 
 def read_commit(store: Store, pass_id: str, block: int) -> Commit:
@@ -126,4 +132,13 @@ def read_blocks(store: Store) -> pa.Table:
         "run the same `teachonce precompute` again with --repair, it is made anew from "
         "the commits"
     )
-    return decode_table(data, store.url_of(BLOCKS_PATH), hint)
+    where = store.url_of(BLOCKS_PATH)
+    table = decode_table(data, where, hint, _SCHEMA)
+    lists = ("objects", "size_bytes", "crc32c")
+    first, *others = (pc.list_value_length(table[name]) for name in lists)
+    is_whole = all(one.equals(first) for one in others)
+    is_whole &= not any(table[name].null_count for name in _SCHEMA.names)
+    is_whole &= not any(pc.list_flatten(table[name]).null_count for name in lists)
+    if not is_whole:
+        raise BankError(f"{where} is damaged (values are missing); {hint}")
+    return table

@@ -10,10 +10,12 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from manifests.bank import ShardEntry
@@ -21,6 +23,7 @@ from manifests.dataset import DatasetRecord, ShardRecord
 from manifests.errors import BankError
 from manifests.loading import load_json
 from manifests.storage import Store
+from pipeline.bank.row_index import TABLE_FAULTS, check_table
 from pipeline.samples.shards import ShardRow
 
 _ROW_SCHEMA = pa.schema(
@@ -72,13 +75,22 @@ def write_index(store: Store, stem: str, shards: Sequence[IndexedShard]) -> None
     store.replace(f"{stem}.json", text.encode() + b"\n")
 
 
-def read_rows(data: bytes) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
-    """Yields (shard name, rows) for every shard of an index's Parquet, in order."""
-    file = pq.ParquetFile(io.BytesIO(data))
+def read_rows(
+    data: bytes, where: str, hint: str = "restore it from a copy"
+) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
+    """Yields (shard name, rows) for every shard of an index's Parquet, in order.
+
+    Args:
+        data: the whole file.
+        where: what it is, for the message.
+        hint: what to do if it is damaged.
+
+    Raises:
+        BankError: it is damaged, or holds another table.
+    """
     name: str | None = None
     rows: list[ShardRow] = []
-    for group in range(file.num_row_groups):
-        table = file.read_row_group(group).to_pydict()
+    for table in _row_groups(data, where, hint):
         for shard, key, offset, size, refused in zip(
             table["shard"],
             table["key"],
@@ -94,6 +106,35 @@ def read_rows(data: bytes) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
             rows.append(ShardRow(key, offset, size, refused))
     if name is not None:
         yield name, tuple(rows)
+
+
+def _row_groups(data: bytes, where: str, hint: str) -> Iterator[dict[str, list[Any]]]:
+    """Yields the columns of an index's row groups, checked."""
+    try:
+        file = pq.ParquetFile(io.BytesIO(data))
+        check_table(file.schema_arrow, _ROW_SCHEMA)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            table.validate(full=True)
+            check_spans(table)
+            yield table.to_pydict()
+    except TABLE_FAULTS as error:
+        raise BankError(f"{where} is damaged ({str(error)[:300]}); {hint}") from error
+
+
+def check_spans(table: pa.Table) -> None:
+    """Raises ValueError where an index's rows cannot lie in any shard."""
+    names = [
+        name
+        for name in ("shard", "key", "offset", "size")
+        if name in table.schema.names
+    ]
+    if any(table[name].null_count for name in names):
+        raise ValueError("values are missing")
+    for name in ("offset", "size"):
+        least = pc.min(table[name]).as_py()
+        if least is not None and least < 0:
+            raise ValueError(f"an {name} of {least}")
 
 
 def copy_part(
@@ -122,13 +163,7 @@ def copy_part(
     text = source.read(path)
     record = load_json(DatasetRecord, text, source.url_of(path))
     target = f"dataset/{shards[0][1].part}"
-    try:
-        rows = dict(read_rows(data))
-    except (pa.ArrowException, OSError) as error:
-        raise BankError(
-            f"dataset/{stem}.parquet of {source.url} is damaged ({error}); restore it "
-            "from a copy"
-        ) from error
+    rows = dict(read_rows(data, source.url_of(f"dataset/{stem}.parquet")))
     records = {one.name: one for one in record.shards}
     for shard, _ in shards:
         if shard.name not in records or len(rows.get(shard.name, ())) != shard.samples:

@@ -19,7 +19,7 @@ from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.commits import read_commits
 from pipeline.bank.holdings import Missing, read_holdings
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.bank.rows import object_path
 
 Side = Literal["A", "B"]

@@ -114,12 +114,13 @@ def shared_rows(
 
 def _keys(store: Store, shards: Sequence[ShardEntry]) -> dict[str, list[str]]:
     wanted = {shard.name for shard in shards}
-    return {
-        name: [row.key for row in rows]
-        for part in dict.fromkeys(shard.part for shard in shards)
-        for name, rows in read_rows(store.read(f"dataset/{part}.parquet"))
-        if name in wanted
-    }
+    found = {}
+    for part in dict.fromkeys(shard.part for shard in shards):
+        path = f"dataset/{part}.parquet"
+        for name, rows in read_rows(store.read(path), store.url_of(path)):
+            if name in wanted:
+                found[name] = [row.key for row in rows]
+    return found
 
 
 def row_differences(

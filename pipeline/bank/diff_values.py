@@ -26,9 +26,9 @@ from pipeline.bank.diff import (
     common_shards,
     common_views,
 )
-from pipeline.bank.objects import object_crc32c
+from pipeline.bank.objects import has_crc32c
 from pipeline.bank.open import Bank
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 
 _THREADS = 4
 _PIECE_VALUES = 2**20
@@ -145,8 +145,8 @@ def read_bytes(
         data_a, data_b = store_a.read(pair.path_a), store_b.read(pair.path_b)
         return (
             data_a != data_b,
-            _facts(data_a) != in_a.objects[pair.path_a],
-            _facts(data_b) != in_b.objects[pair.path_b],
+            not _is_as_committed(data_a, in_a.objects[pair.path_a]),
+            not _is_as_committed(data_b, in_b.objects[pair.path_b]),
         )
 
     different: list[ObjectPair] = []
@@ -166,8 +166,8 @@ def read_bytes(
     )
 
 
-def _facts(data: bytes) -> tuple[int, int]:
-    return len(data), object_crc32c([data])
+def _is_as_committed(data: bytes, told: tuple[int, int]) -> bool:
+    return len(data) == told[0] and has_crc32c([data], told[1])
 
 
 def value_differences(

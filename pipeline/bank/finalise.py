@@ -36,11 +36,13 @@ from pipeline.bank.commits import (
 from pipeline.bank.dataset_index import read_rows
 from pipeline.bank.objects import has_crc32c
 from pipeline.bank.output_statistics import write_statistics
-from pipeline.bank.record import FEATURES, view_policy_of, write_record
+from pipeline.bank.places import FEATURES
+from pipeline.bank.record import view_policy_of, write_record
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
 from pipeline.bank.row_index import INDEX_PART_ROWS, encode_table, index_path
 from pipeline.bank.rows import decode_rows, object_path
 from pipeline.samples.photometric import Photometric
+from pipeline.samples.shards import ShardRow
 from pipeline.samples.views import ViewPolicy, draw_view
 
 _PREFETCH = 32
@@ -73,6 +75,11 @@ class BlockFacts:
         return found
 
 
+def _read_part(store: Store, part: str) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
+    path = f"dataset/{part}.parquet"
+    return read_rows(store.read(path), store.url_of(path))
+
+
 def _iter_blocks(
     store: Store, record: BankRecord, committed: Mapping[str, set[int]]
 ) -> Iterator[BlockFacts]:
@@ -81,7 +88,7 @@ def _iter_blocks(
     keys_of = (
         (name, [row.key for row in rows])
         for part in parts
-        for name, rows in read_rows(store.read(f"dataset/{part}.parquet"))
+        for name, rows in _read_part(store, part)
     )
     streams = {
         entry.id: read_commits(store, entry.id, sorted(committed[entry.id]))

@@ -14,7 +14,7 @@ from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.classifiers import classifier_arrays
 from pipeline.bank.dataset_index import copy_part
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.bank.selection import BankPart
 from pipeline.bank.verify_frame import has_own_crc
 

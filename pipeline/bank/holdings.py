@@ -16,8 +16,8 @@ from manifests.errors import BankError
 from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.classifiers import classifier_arrays
-from pipeline.bank.commits import BLOCKS_PATH, commit_path, read_blocks
-from pipeline.bank.record import FEATURES
+from pipeline.bank.commits import BLOCKS_PATH, block_of, commit_path, read_blocks
+from pipeline.bank.places import FEATURES
 from pipeline.bank.row_index import index_path, num_index_parts
 
 Objects = Mapping[str, tuple[int, int]]
@@ -74,9 +74,8 @@ class Holdings:
         for path in self.stored:
             folder, _, rest = path.partition("/")
             pass_id, _, name = rest.partition("/")
-            number = name.removesuffix(".json")
-            if folder == "commits" and pass_id in found and number.isdigit():
-                found[pass_id].add(int(number))
+            if folder == "commits" and pass_id in found:
+                found[pass_id] |= block_of(name)
         return found
 
     def missing(self) -> Missing:

@@ -18,7 +18,7 @@ from pipeline.bank.arrays import (
     object_name,
     resized,
 )
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.bank.row_arrays import RowArray
 from pipeline.bank.rows import object_path
 from pipeline.samples.photometric import DEFINITION, PARAMETERS

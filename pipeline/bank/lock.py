@@ -79,7 +79,7 @@ def read_lock(store: Store) -> dict[str, Any] | None:
     try:
         owner = json.loads(text)
         return owner if isinstance(owner, dict) else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
 
 

@@ -22,7 +22,7 @@ from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.commits import read_commits
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.objects import decode_object
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 
 MAX_COVARIANCE_CHANNELS = 4096
 # A small sample is kept for its second look; a large one is read again.

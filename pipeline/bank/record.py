@@ -8,12 +8,13 @@ from manifests.bank import BANK_SCHEMA, BankRecord
 from manifests.errors import BankError
 from manifests.loading import load_json
 from manifests.storage import Store
+from pipeline.bank.places import FEATURES as FEATURES
+from pipeline.bank.record_check import check_record
 from pipeline.samples.views import ViewPolicy
 
 RECORD_PATH = "bank.json"
 # The record of an export that has not ended; bank.json takes its place.
 UNFINISHED_PATH = "export.json"
-FEATURES = "features.zarr"
 
 
 def read_record(store: Store) -> BankRecord | None:
@@ -39,22 +40,25 @@ def parse_record(store: Store, text: bytes, path: str = RECORD_PATH) -> BankReco
     """Returns the record of the bank in ``store`` that ``text`` holds.
 
     Raises:
-        BankError: it was made by a newer TeachOnce, or something else lies there.
+        BankError: it was made by a newer TeachOnce, something else lies there, or it
+            contradicts itself.
         ManifestError: it is damaged.
     """
     try:
         version = json.loads(text).get("schema_version")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise BankError(
             f"{store.url_of(path)} is not a bank record ({error}); restore it "
             "from a copy, everything else of the bank is still there"
         ) from error
-    if not isinstance(version, int) or version > BANK_SCHEMA:
+    if type(version) is not int or not 1 <= version <= BANK_SCHEMA:
         raise BankError(
             f"bank {store.url} has schema version {version}, this TeachOnce reads up "
             f"to {BANK_SCHEMA}; install a newer one"
         )
-    return load_json(BankRecord, text, store.url_of(path))
+    record = load_json(BankRecord, text, store.url_of(path))
+    check_record(record, store.url_of(path))
+    return record
 
 
 def open_record(url: str) -> tuple[Store, BankRecord]:

@@ -16,6 +16,8 @@ from manifests.errors import BankError
 from manifests.storage import Store
 
 INDEX_PART_ROWS = 2**20
+# What Arrow raises at Parquet that is not what it should be.
+TABLE_FAULTS = (pa.ArrowException, OSError, ValueError, OverflowError)
 
 
 def encode_table(table: pa.Table) -> bytes:
@@ -25,22 +27,42 @@ def encode_table(table: pa.Table) -> bytes:
     return sink.getvalue()
 
 
-def decode_table(data: bytes, where: str, hint: str) -> pa.Table:
+def decode_table(
+    data: bytes, where: str, hint: str, schema: pa.Schema | None = None
+) -> pa.Table:
     """Returns the table of Parquet bytes, each page checked.
 
     Args:
         data: the whole file.
         where: what it is, for the message.
         hint: what to do if it is damaged.
+        schema: columns that it must have, of these types.
 
     Raises:
-        BankError: they are damaged.
+        BankError: they are damaged, or hold another table.
     """
     try:
         file = pq.ParquetFile(io.BytesIO(data), page_checksum_verification=True)
-        return file.read()
-    except (pa.ArrowException, OSError) as error:
-        raise BankError(f"{where} is damaged ({error}); {hint}") from error
+        check_table(file.schema_arrow, schema)
+        table = file.read()
+        # Arrow takes the word of a file for its lengths until it is asked to check.
+        table.validate(full=True)
+    except TABLE_FAULTS as error:
+        told = str(error)[:300]
+        raise BankError(f"{where} is damaged ({told}); {hint}") from error
+    return table
+
+
+def check_table(found: pa.Schema, wanted: pa.Schema | None) -> None:
+    """Raises ValueError unless a table has the columns that are wanted of it."""
+    for field in wanted or ():
+        if found.names.count(field.name) != 1:
+            raise ValueError(f"it has no column {field.name!r}")
+        if found.field(field.name).type != field.type:
+            raise ValueError(
+                f"column {field.name!r} is {found.field(field.name).type}, it must be "
+                f"{field.type}"
+            )
 
 
 def index_path(part: int) -> str:

@@ -14,6 +14,19 @@ import pyarrow.parquet as pq
 from manifests.bank import ShardEntry
 from manifests.errors import BankError
 from manifests.storage import Store
+from pipeline.bank.dataset_index import check_spans
+from pipeline.bank.row_index import TABLE_FAULTS, check_table
+from pipeline.samples.tar import padded
+
+_COLUMNS = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("row", pa.int64()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("refused", pa.string()),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +66,15 @@ class SampleTable:
                 f"{shard.name}, got {0 if found is None else len(found.offset)}; "
                 "restore it from a copy"
             )
+        if not shard.sequential and len(found.offset):
+            # Whoever reads a row takes so much memory for it. Neither is negative.
+            end = int(np.max(found.offset.astype(np.uint64) + found.size.astype("u8")))
+            if end > padded(shard.size_bytes):
+                raise BankError(
+                    f"{self._url(shard.part)} must hold rows within the "
+                    f"{shard.size_bytes} bytes of {shard.name}, got one that ends at "
+                    f"byte {end}; restore it from a copy"
+                )
         return found
 
     def _url(self, part: str) -> str:
@@ -63,13 +85,19 @@ class SampleTable:
         if data is None:
             raise BankError(f"{self._url(part)} is missing; restore it from a copy")
         try:
-            table = pq.read_table(
-                io.BytesIO(data), columns=["shard", "row", "offset", "size", "refused"]
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise BankError(f"{self._url(part)} is damaged ({error})") from error
+            table = pq.read_table(io.BytesIO(data), columns=_COLUMNS.names)
+            check_table(table.schema, _COLUMNS)
+            table.validate(full=True)
+            check_spans(table)
+        except TABLE_FAULTS as error:
+            raise BankError(
+                f"{self._url(part)} is damaged ({str(error)[:300]}); restore it from a "
+                "copy"
+            ) from error
         offset, size = (table[name].to_numpy() for name in ("offset", "size"))
         starts = np.flatnonzero(table["row"].to_numpy() == 0).tolist()
+        if starts[:1] != [0][: table.num_rows]:
+            raise BankError(f"{self._url(part)} is damaged; restore it from a copy")
         ends = [*starts[1:], table.num_rows]
         refused = table["refused"]
         lines = np.flatnonzero(refused.is_valid().to_numpy())

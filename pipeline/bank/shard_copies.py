@@ -3,7 +3,8 @@
 A copy is the bank's shard if it has its name and its bytes: the size is compared before
 anything is read, a plain tar's headers are compared when a local copy is first opened,
 and every sample's key with the bank's. Only the bytes of the rows asked for are read: a
-row at a time from a local disk, a block's rows in one request from anywhere else.
+row at a time from a local disk, a block's rows in one request from anywhere else. The
+padding of the last row may be missing: some writers leave it out.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pipeline.samples.shards import (
     read_samples,
 )
 from pipeline.samples.sources import expand_shards, name_shards, stat_shards
+from pipeline.samples.tar import padded
 
 Int64s = npt.NDArray[np.int64]
 
@@ -214,8 +216,8 @@ def _match(
         if copy is None:
             raise BankError(
                 f"{field} must have a copy of the bank's {shard.name}, got none "
-                f"among {len(urls)} shards ({urls[0]}, ...); add it, or ask for rows "
-                "of other shards alone"
+                f"among {len(urls)} shards ({urls[0]}, ...); add it (a copy keeps its "
+                "name: rename or link it), or ask for rows of other shards alone"
             )
         found[shard.name] = copy
     return found
@@ -238,7 +240,7 @@ class _LocalRows:
             data = os.pread(self._file.fileno(), size, offset)
         except OSError as error:
             raise StorageError(f"cannot read {self._url}: {error}") from error
-        if len(data) < size:
+        if padded(len(data)) < size:
             raise ShardError(
                 f"shard {self._url} ends before byte {offset + size}, within row {row}"
             )
@@ -265,7 +267,7 @@ class _FetchedRows:
         self._start = int(offset[rows].min())
         end = int((offset[rows] + size[rows]).max())
         data = read_range(url, self._start, end)
-        if len(data) < end - self._start:
+        if padded(len(data)) < end - self._start:
             raise ShardError(f"shard {url} ends before byte {end}")
         self._data = memoryview(data)
 

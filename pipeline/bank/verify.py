@@ -21,7 +21,7 @@ from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.commits import commit_path, list_commits, read_blocks, read_commits
 from pipeline.bank.objects import decode_object, has_crc32c
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.bank.rows import decode_rows
 from pipeline.bank.verify_frame import (
     damaged_classifiers,

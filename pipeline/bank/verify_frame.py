@@ -18,7 +18,7 @@ from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import metadata
 from pipeline.bank.classifiers import classifier_arrays
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.bank.row_index import index_path, num_index_parts, read_index_part
 
 _CRC_BYTES = 4
@@ -69,7 +69,7 @@ def damaged_classifiers(
 def _agrees(held: bytes, fresh: bytes | None) -> bool:
     try:
         document = json.loads(held)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     if not isinstance(document, dict):
         return False

@@ -190,7 +190,7 @@ def _json_lines(text: str, url: str) -> Iterator[tuple[str, dict[str, Any]]]:
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PipelineError(
                 f"a line must be JSON, got {error} ({where})"
             ) from error
@@ -240,17 +240,27 @@ def _literal(extension: str, value: Any, where: str) -> bytes | None:
         return text.encode() if is_number or _LITERAL_CLASS.fullmatch(text) else None
     if kind == "json":
         if not isinstance(value, str):
-            return json.dumps(value, ensure_ascii=False).encode()
+            return _encoded(json.dumps(value, ensure_ascii=False), extension, where)
         if value.lstrip().startswith(("{", "[")):
             try:
                 json.loads(value)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise PipelineError(
                     f"column {extension!r} must hold JSON or a path, got {error} "
                     f"({where}); quotes in CSV are doubled"
                 ) from error
-            return value.strip().encode()
+            return _encoded(value.strip(), extension, where)
     return None
+
+
+def _encoded(text: str, extension: str, where: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise PipelineError(
+            f"column {extension!r} must hold Unicode, got half a character ({where}); "
+            "mend it"
+        ) from error
 
 
 def _time(row: ListRow) -> float | None:

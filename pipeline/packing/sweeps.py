@@ -159,7 +159,7 @@ def _pose(row: ListRow) -> Pose:
                 text if is_literal else read_url(resolve_path(text, row.base))
             )
         pose = np.asarray(value, np.float64)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         pose = np.empty(0)
     is_rigid = (
         pose.shape == (4, 4)

@@ -19,7 +19,7 @@ from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.commits import read_blocks
 from pipeline.bank.open import Bank
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.info import bank_facts
 from pipeline.runs import list_runs
 from teachonce.report.tables import NONE, Table

@@ -1,5 +1,6 @@
 """The bank's documents: runs of rows, sums of results."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,15 @@ def test_runs_are_short():
     assert format_runs([]) == ""
 
 
+@pytest.mark.parametrize(
+    "text", ["0-99999999999", "5-3", "-1", "1,1", "3,2", "0-4,4", "x", ",", "4194304"]
+)
+def test_runs_that_no_block_has_are_refused(text):
+    """Whatever they ask for, no memory is taken for it."""
+    with pytest.raises(ValueError, match=r"must be|must follow|invalid literal"):
+        parse_runs(text)
+
+
 def test_a_commit_survives_json():
     content = CommitContent(
         pass_id="net.image",
@@ -32,6 +42,24 @@ def test_a_commit_survives_json():
     again = CommitContent.model_validate_json(content.model_dump_json())
     assert again == content
     assert '"1-2"' in content.model_dump_json()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rows": -1}, "greater than or equal to 0"),
+        ({"rows": 2**40}, "less than or equal to"),
+        ({"valid": 9}, "valid must be at most 8, got 9"),
+        ({"invalid": {"x": "6-8"}}, "invalid.x must be rows below 8"),
+        ({"invalid": {"x": (0, -1)}}, "invalid.x must be rows below 8"),
+    ],
+)
+def test_a_commit_speaks_of_its_own_rows(fields, message):
+    given = {"pass_id": "p", "fingerprint": "f", "block": 0, "shard": "a", "rows": 8}
+    given |= {"valid": 8, "invalid": {}, "objects": {}}
+    CommitContent.model_validate(given)
+    with pytest.raises(ValueError, match=message):
+        CommitContent.model_validate(given | fields)
 
 
 def test_results_add_up_in_any_order():

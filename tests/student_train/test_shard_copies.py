@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 
 from manifests.errors import BankError, ManifestError, StorageError
-from pipeline.bank.open import Bank
+from manifests.loading import load_job
+from pipeline.bank.open import Bank, open_bank
 from pipeline.bank.shard_copies import ShardCopies
+from pipeline.precompute import precompute
 from pipeline.samples.errors import ShardError
+from tests.conftest import jpeg
 from tests.student_train.conftest import BLOCK_ROWS
 
 ALL = np.array([*range(11), *range(12, 20), *range(20, 26)])
@@ -168,6 +171,27 @@ def test_a_shard_cut_while_it_is_read(bank, joined, tmp_path, memory):
     memory.pipe_file("/shards/train-1.tar", b"\0" * 200_000)
     with pytest.raises(ShardError, match="there is no sample where a row was"):
         far.open(3, np.arange(4), WANTED).read(0)
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_a_shard_that_ends_without_padding(scheme, make_shards, make_job, tmp_path):
+    """What its index found in it can be read again, the last row too."""
+    (path,) = make_shards([9])
+    data = path.read_bytes().rstrip(b"\0")
+    assert len(data) % 512
+    path.write_bytes(data)
+    done = precompute(load_job(str(make_job())), quiet=True)
+    assert done.record.state.valid["net.image"] == 9
+    shards = [str(path)]
+    if scheme == "memory":
+        shards = ["memory://unpadded/train-00000.tar"]
+        fsspec.filesystem("memory").pipe_file("/unpadded/train-00000.tar", data)
+    bank = open_bank(str(tmp_path / "bank"))
+    copies = ShardCopies(bank, shards, np.arange(9))
+    reader = copies.open(1, np.array([8]), WANTED)
+    assert reader.read(8).key == "s0-0008"
+    assert reader.read(8).members == {"jpg": jpeg(8), "cls": b"3"}
+    reader.close()
 
 
 def test_headers_are_compared_once(bank, joined, monkeypatch):

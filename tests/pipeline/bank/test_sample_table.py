@@ -23,7 +23,7 @@ def entry(name: str, samples: int, part: str = "p0") -> ShardEntry:
     return ShardEntry(
         name=name,
         url=f"/data/{name}",
-        size_bytes=1,
+        size_bytes=10**6,
         headers_sha256="0",
         samples=samples,
         part=part,
