@@ -63,9 +63,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (site / top).symlink_to(Path(str(one.locate_file(top))))
     for package in OURS:
         (site / package).symlink_to(ROOT / package)
+    # Beside the sources lies what built them, beside the packages what was installed.
     ours = importlib.metadata.distribution("teachonce")
-    info = next(p.parts[0] for p in ours.files or () if p.name == "METADATA")
-    (site / info).symlink_to(Path(str(ours.locate_file(info))))
+    info = site / f"teachonce-{ours.version}.dist-info"
+    info.mkdir()
+    told = ours.read_text("METADATA") or ours.read_text("PKG-INFO")
+    assert told
+    (info / "METADATA").write_text(told)
     return folder / "bin" / "python"
 
 
