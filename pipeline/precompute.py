@@ -26,7 +26,7 @@ from pipeline.bank.classifiers import (
     write_classifier,
 )
 from pipeline.bank.commits import commit_path, list_commits
-from pipeline.bank.dataset_index import read_rows, write_index
+from pipeline.bank.dataset_index import read_part, write_index
 from pipeline.bank.layout import write_metadata
 from pipeline.bank.lock import bank_lock, break_lock, clear_dead_lock
 from pipeline.bank.record import open_record, read_record, write_record
@@ -34,6 +34,7 @@ from pipeline.bank.verify import verify
 from pipeline.beam_options import check_options, complete_options, run_here
 from pipeline.errors import PipelineError, RunStopped
 from pipeline.estimate import Estimate, check_limits, estimate
+from pipeline.index import restore_part
 from pipeline.plan import Plan, make_plan
 from pipeline.runs import new_run_id, read_run, start_run
 from pipeline.samples.shards import ShardRow
@@ -136,7 +137,7 @@ def _unfinished(plan: Plan) -> BankRecord:
     if plan.changes.new or plan.changes.retired:
         growing |= {entry.id for entry in record.passes}
     held = tuple(n for n in record.state.complete_passes if n not in growing)
-    update = {"complete": False, "complete_passes": held}
+    update = {"complete": False, "complete_passes": held, "files": None}
     return record.model_copy(update={"state": record.state.model_copy(update=update)})
 
 
@@ -200,8 +201,7 @@ def _rows_lookup(
             return fresh[shard.name]
         if shard.part not in parts:
             parts.clear()
-            data = store.read(f"dataset/{shard.part}.parquet")
-            parts[shard.part] = dict(read_rows(data))
+            parts[shard.part] = dict(read_part(store, shard.part))
         return parts[shard.part][shard.name]
 
     return rows_of
@@ -209,7 +209,8 @@ def _rows_lookup(
 
 def repair(store: Store, full: bool = True) -> list[tuple[str, int]]:
     """Gives up every damaged block: its commit first, then its objects. Writes metadata
-    again; row arrays and the index are made anew by the finalise that follows.
+    and the dataset's index again; row arrays, the bank's index and the rest are made
+    anew by the finalise that follows.
 
     Returns:
         (pass, block) of what the next run will compute again.
@@ -219,8 +220,15 @@ def repair(store: Store, full: bool = True) -> list[tuple[str, int]]:
         report = verify(store, record, full=full)
         for pass_id, block in report.damaged_blocks:
             store.delete(commit_path(pass_id, block))
-        for path in report.damaged_objects + report.orphans + report.damaged_metadata:
+        for path in (
+            *report.damaged_objects,
+            *report.orphans,
+            *report.damaged_metadata,
+            *report.damaged_runs,
+        ):
             store.delete(path)
+        for part in report.damaged_parts:
+            restore_part(store, record, part)
         write_metadata(store, record)
         write_classifiers(store, record)
         store.clear_temporary(0.0)

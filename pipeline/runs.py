@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import os
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from manifests.bank import WorkItem
+from manifests.errors import ManifestError
+from manifests.own_checksum import parse_checked, with_own_checksum
 from manifests.storage import Store
 from pipeline.bank.lock import died_here, make_owner
 
@@ -55,13 +58,18 @@ def start_run(
 
 def write_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
     """Replaces a run's record."""
-    store.replace(run_path(run_id), json.dumps(record, indent=1).encode() + b"\n")
+    text = json.dumps(record, indent=1).encode()
+    store.replace(run_path(run_id), with_own_checksum(text))
 
 
 def read_run(store: Store, run_id: str) -> dict[str, Any]:
-    """Returns a run's record."""
-    record: dict[str, Any] = json.loads(store.read(run_path(run_id)))
-    return record
+    """Returns a run's record.
+
+    Raises:
+        ManifestError: it is damaged.
+    """
+    path = run_path(run_id)
+    return parse_checked(store.read(path), store.url_of(path))
 
 
 def end_run(store: Store, run_id: str, result: Mapping[str, Any]) -> None:
@@ -78,6 +86,13 @@ def end_run(store: Store, run_id: str, result: Mapping[str, Any]) -> None:
 
 
 def list_runs(store: Store) -> list[dict[str, Any]]:
-    """Returns the records of all runs, oldest first."""
-    paths = sorted(path for path, _ in store.list("runs") if path.endswith(".json"))
-    return [json.loads(store.read(path)) for path in paths]
+    """Returns the records of all runs that can be read, oldest first.
+
+    A damaged one is left out: `verify` names it, and no run ends because of it.
+    """
+    found = []
+    for path in sorted(path for path, _ in store.list("runs")):
+        if path.endswith(".json"):
+            with contextlib.suppress(ManifestError):
+                found.append(parse_checked(store.read(path), store.url_of(path)))
+    return found

@@ -18,9 +18,18 @@ from manifests.bank import ShardEntry
 from manifests.dataset import DatasetRecord, ShardRecord
 from manifests.errors import BankError
 from manifests.loading import load_json
+from manifests.own_checksum import with_own_checksum
 from manifests.storage import Store
+from pipeline.bank.row_index import (
+    describe_checksum,
+    open_checked,
+    with_table_checksum,
+)
 from pipeline.samples.shards import ShardRow
 
+_HINT = (
+    "run the same `teachonce precompute` with --repair, it is made anew from the shards"
+)
 _ROW_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -44,7 +53,10 @@ class IndexedShard:
 def encode_rows(shards: Sequence[IndexedShard]) -> bytes:
     """Returns the Parquet of rows, one row group per shard."""
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, _ROW_SCHEMA, compression="zstd") as writer:
+    schema = describe_checksum(_ROW_SCHEMA)
+    with pq.ParquetWriter(
+        sink, schema, compression="zstd", write_page_checksum=True
+    ) as writer:
         for shard in shards:
             count = len(shard.rows)
             table = pa.table(
@@ -56,10 +68,10 @@ def encode_rows(shards: Sequence[IndexedShard]) -> bytes:
                     "size": [row.size for row in shard.rows],
                     "refused": [row.refused for row in shard.rows],
                 },
-                schema=_ROW_SCHEMA,
+                schema=schema,
             )
             writer.write_table(table, row_group_size=max(count, 1))
-    return sink.getvalue()
+    return with_table_checksum(sink.getvalue())
 
 
 def write_index(store: Store, stem: str, shards: Sequence[IndexedShard]) -> None:
@@ -67,12 +79,54 @@ def write_index(store: Store, stem: str, shards: Sequence[IndexedShard]) -> None
     store.replace(f"{stem}.parquet", encode_rows(shards))
     record = DatasetRecord(shards=tuple(shard.record for shard in shards))
     text = json.dumps(record.model_dump(mode="json"), indent=1)
-    store.replace(f"{stem}.json", text.encode() + b"\n")
+    store.replace(f"{stem}.json", with_own_checksum(text.encode()))
 
 
-def read_rows(data: bytes) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
-    """Yields (shard name, rows) for every shard of an index's Parquet, in order."""
-    file = pq.ParquetFile(io.BytesIO(data))
+def part_path(part: str) -> str:
+    """Returns where the rows of a part of the dataset lie in the bank."""
+    return f"dataset/{part}.parquet"
+
+
+def part_record_path(part: str) -> str:
+    """Returns where the record of the shards of a part lies in the bank."""
+    return f"dataset/{part}.json"
+
+
+def read_part(store: Store, part: str) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
+    """Yields (shard name, rows) for every shard of one part of a bank's dataset.
+
+    Raises:
+        BankError: it is missing or damaged.
+    """
+    path = part_path(part)
+    data = store.read_or_none(path)
+    if data is None:
+        raise BankError(f"{store.url_of(path)} is missing; {_HINT}")
+    yield from read_rows(data, store.url_of(path), _HINT)
+
+
+def read_rows(
+    data: bytes, where: str, hint: str = "run `teachonce index` again"
+) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
+    """Yields (shard name, rows) for every shard of an index's Parquet, in order.
+
+    Args:
+        data: the whole file.
+        where: what it is, for the message.
+        hint: what to do if it is damaged.
+
+    Raises:
+        BankError: it is damaged.
+    """
+    try:
+        yield from _read_groups(open_checked(data, where, hint))
+    except (pa.ArrowException, OSError) as error:
+        raise BankError(f"{where} is damaged ({error}); {hint}") from error
+
+
+def _read_groups(
+    file: pq.ParquetFile,
+) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
     name: str | None = None
     rows: list[ShardRow] = []
     for group in range(file.num_row_groups):
@@ -111,18 +165,12 @@ def copy_part(
     Raises:
         BankError: the part does not agree with the shards.
     """
-    data = source.read(f"dataset/{stem}.parquet")
-    path = f"dataset/{stem}.json"
+    data = source.read(part_path(stem))
+    path = part_record_path(stem)
     text = source.read(path)
     record = load_json(DatasetRecord, text, source.url_of(path))
     target = f"dataset/{shards[0].part}"
-    try:
-        rows = dict(read_rows(data))
-    except (pa.ArrowException, OSError) as error:
-        raise BankError(
-            f"dataset/{stem}.parquet of {source.url} is damaged ({error}); restore it "
-            "from a copy"
-        ) from error
+    rows = dict(read_rows(data, source.url_of(part_path(stem)), _HINT))
     records = {one.name: one for one in record.shards}
     for shard in shards:
         if shard.name not in records or len(rows.get(shard.name, ())) != shard.samples:

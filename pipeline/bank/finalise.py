@@ -33,12 +33,13 @@ from pipeline.bank.commits import (
     list_commits,
     read_commits,
 )
-from pipeline.bank.dataset_index import read_rows
+from pipeline.bank.dataset_index import read_part
+from pipeline.bank.frame_files import NotingStore, write_files
 from pipeline.bank.objects import has_crc32c
 from pipeline.bank.output_statistics import write_statistics
 from pipeline.bank.record import FEATURES, view_policy_of, write_record
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
-from pipeline.bank.row_index import INDEX_PART_ROWS, encode_table, index_path
+from pipeline.bank.row_index import INDEX_PART_ROWS, encode_checked_table, index_path
 from pipeline.bank.rows import decode_rows, object_path
 from pipeline.samples.photometric import Photometric
 from pipeline.samples.views import ViewPolicy, draw_view
@@ -81,7 +82,7 @@ def _iter_blocks(
     keys_of = (
         (name, [row.key for row in rows])
         for part in parts
-        for name, rows in read_rows(store.read(f"dataset/{part}.parquet"))
+        for name, rows in read_part(store, part)
     )
     streams = {
         entry.id: read_commits(store, entry.id, sorted(committed[entry.id]))
@@ -298,7 +299,7 @@ class _IndexWriter:
         """Writes the part that is being filled."""
         tables, self._tables = self._tables, []
         table = pa.concat_tables(tables) if tables else self._schema.empty_table()
-        self._store.replace(index_path(self._part), encode_table(table))
+        self._store.replace(index_path(self._part), encode_checked_table(table))
 
 
 def finalise(
@@ -318,6 +319,7 @@ def finalise(
     Raises:
         BankError: a commit or a row-fact object is damaged.
     """
+    store = NotingStore(store.url)
     committed = {entry.id: list_commits(store, entry.id) for entry in record.passes}
     store.replace(
         BLOCKS_PATH,
@@ -372,5 +374,9 @@ def finalise(
     finished = record.model_copy(update={"state": state})
     make_statistics(store, finished, committed)
     write_card(store, finished)
+    files = write_files(store, record)
+    finished = record.model_copy(
+        update={"state": state.model_copy(update={"files": files})}
+    )
     write_record(store, finished)
     return finished

@@ -26,6 +26,7 @@ from pipeline.bank.holdings import Missing, read_holdings
 from pipeline.bank.record import FEATURES, open_record
 from pipeline.bank.row_index import num_index_parts, read_index_part
 from pipeline.bank.sample_table import SampleTable
+from pipeline.bank.whole_arrays import read_whole_array
 
 
 def open_bank(url: str) -> Bank:
@@ -164,40 +165,9 @@ class Bank:
         """Returns a whole array of ``features.zarr``: ``key``, ``labels/class``, ...
 
         Raises:
-            BankError: the bank has none of that path.
+            BankError: the bank has none of that path, or it is damaged.
         """
-        import zarr
-
-        try:
-            group = zarr.open_group(self._features.url, mode="r", zarr_format=3)
-            array = group[path]
-        except (KeyError, FileNotFoundError) as error:
-            raise BankError(
-                f"bank {self._store.url} has no array {path!r} in {FEATURES}"
-            ) from error
-        if not isinstance(array, zarr.Array):
-            raise BankError(
-                f"{path} of bank {self._store.url} is a group, not an array"
-            )
-        self._check_whole(array, path)
-        names = getattr(array.metadata, "dimension_names", None) or ("",)
-        # A bank that grows has longer arrays than its record says.
-        has_rows = names[:1] == ("sample",)
-        return np.asarray(array[: self.record.num_rows] if has_rows else array[...])
-
-    def _check_whole(self, array: Any, path: str) -> None:
-        """Raises BankError where an object is gone, which zarr reads as fill values."""
-        counts = [
-            -(-length // chunk)
-            for length, chunk in zip(array.shape, array.chunks, strict=True)
-        ]
-        for index in np.ndindex(*counts):
-            name = f"{path}/{'.'.join(['c', *map(str, index)])}"
-            if self._features.size(name) is None:
-                raise BankError(
-                    f"{self._features.url_of(name)} is missing; run the same "
-                    "`teachonce precompute` with --repair, it is made anew"
-                )
+        return read_whole_array(self._features, self.record, path)
 
     def keys(self) -> npt.NDArray[Any]:
         """Returns the key of every row, (num_rows,); '' where a row is padding."""

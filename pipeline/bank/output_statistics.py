@@ -28,6 +28,7 @@ MAX_COVARIANCE_CHANNELS = 4096
 # A small sample is kept for its second look; a large one is read again.
 KEPT_BYTES = 64 * 2**20
 _NO_COVARIANCE = frozenset({"logits"})
+_WITHOUT = frozenset({"topk", "index"})
 
 
 class OutputSample:
@@ -137,19 +138,38 @@ def write_statistics(
     live = set(record.live_blocks)
     masks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path, entry, output in layout.outputs(record):
-        if output.encoding["encoding"] in ("topk", "index"):
+        kinds = statistics_of(output)
+        if not kinds:
             continue
         if entry.id not in masks:
             masks[entry.id] = _valid_rows(store, record, entry, committed, live)
         blocks, valid = masks[entry.id]
         sample = OutputSample(store, output, entry.first_view, blocks, valid)
-        channels = output.shape[-1]
-        covariance = (
-            output.name not in _NO_COVARIANCE and channels <= MAX_COVARIANCE_CHANNELS
-        )
         level, _, name = path.rpartition("/")
-        for what, values in compute(sample, channels, covariance).items():
+        found = compute(sample, output.shape[-1], "covariance" in kinds)
+        for what, values in found.items():
             _write(store, f"{FEATURES}/{level}/stats/{name}_{what}", name, values)
+
+
+def statistics_of(output: OutputEntry) -> tuple[str, ...]:
+    """Returns the names of an output's statistics; none where it holds no vectors."""
+    if output.encoding["encoding"] in _WITHOUT:
+        return ()
+    always = ("mean", "variance", "mean_direction", "dispersion", "count")
+    is_small = output.shape[-1] <= MAX_COVARIANCE_CHANNELS
+    has_covariance = is_small and output.name not in _NO_COVARIANCE
+    return (*always, "covariance") if has_covariance else always
+
+
+def statistics_metadata(output: OutputEntry, what: str) -> bytes:
+    """Returns the ``zarr.json`` of one statistic of an output."""
+    channels = output.shape[-1]
+    shapes = {"dispersion": (), "count": (), "covariance": (channels, channels)}
+    written: dict[str, Any] = {}
+    dtype = np.dtype(np.int64 if what == "count" else np.float64)
+    _create(written, output.name, shapes.get(what, (channels,)), dtype)
+    data: bytes = written["zarr.json"].to_bytes()
+    return data
 
 
 def _valid_rows(
@@ -169,21 +189,25 @@ def _valid_rows(
 
 
 def _write(store: Store, path: str, output: str, values: np.ndarray) -> None:
-    names = [f"{output}_channel", f"{output}_channel_2"][: values.ndim]
     written: dict[str, Any] = {}
-    array = zarr.create_array(
+    _create(written, output, values.shape, values.dtype)[...] = values
+    for key, data in sorted(written.items()):
+        store.replace(f"{path}/{key}", data.to_bytes())
+
+
+def _create(
+    written: dict[str, Any], output: str, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> zarr.Array[Any]:
+    return zarr.create_array(
         MemoryStore(written),
-        shape=values.shape,
-        chunks=values.shape,
-        dtype=values.dtype,
-        fill_value="NaN" if values.dtype.kind == "f" else 0,
+        shape=shape,
+        chunks=shape,
+        dtype=dtype,
+        fill_value="NaN" if dtype.kind == "f" else 0,
         filters=(),
         compressors=(ZstdCodec(level=1), Crc32cCodec()),
         chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=names,
+        dimension_names=[f"{output}_channel", f"{output}_channel_2"][: len(shape)],
         config={"write_empty_chunks": True},
         zarr_format=3,
     )
-    array[...] = values
-    for key, data in sorted(written.items()):
-        store.replace(f"{path}/{key}", data.to_bytes())

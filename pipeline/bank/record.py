@@ -7,6 +7,7 @@ import json
 from manifests.bank import BANK_SCHEMA, BankRecord
 from manifests.errors import BankError
 from manifests.loading import load_json
+from manifests.own_checksum import check_own_checksum, with_own_checksum
 from manifests.storage import Store
 from pipeline.samples.views import ViewPolicy
 
@@ -43,12 +44,14 @@ def parse_record(store: Store, text: bytes, path: str = RECORD_PATH) -> BankReco
         ManifestError: it is damaged.
     """
     try:
-        version = json.loads(text).get("schema_version")
+        document = json.loads(text)
+        version = document.get("schema_version")
     except (ValueError, AttributeError) as error:
         raise BankError(
             f"{store.url_of(path)} is not a bank record ({error}); restore it "
             "from a copy, everything else of the bank is still there"
         ) from error
+    check_own_checksum(text, document, store.url_of(path))
     if not isinstance(version, int) or version > BANK_SCHEMA:
         raise BankError(
             f"bank {store.url} has schema version {version}, this TeachOnce reads up "
@@ -70,9 +73,9 @@ def open_record(url: str) -> tuple[Store, BankRecord]:
 
 
 def encode_record(record: BankRecord) -> bytes:
-    """Returns the bytes of ``bank.json``; equal for equal records."""
+    """Returns the bytes of ``bank.json``, with its own crc32c; equal for equal ones."""
     text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
-    return text.encode() + b"\n"
+    return with_own_checksum(text.encode())
 
 
 def write_record(store: Store, record: BankRecord, path: str = RECORD_PATH) -> None:

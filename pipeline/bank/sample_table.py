@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from manifests.bank import ShardEntry
 from manifests.errors import BankError
 from manifests.storage import Store
+from pipeline.bank.row_index import decode_table
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,8 @@ class SampleTable:
         data = self._store.read_or_none(f"dataset/{part}.parquet")
         if data is None:
             raise BankError(f"{self._url(part)} is missing; restore it from a copy")
-        try:
-            table = pq.read_table(
-                io.BytesIO(data), columns=["shard", "row", "offset", "size", "refused"]
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise BankError(f"{self._url(part)} is damaged ({error})") from error
+        columns = ["shard", "row", "offset", "size", "refused"]
+        table = decode_table(data, self._url(part), "restore it from a copy", columns)
         offset, size = (table[name].to_numpy() for name in ("offset", "size"))
         starts = np.flatnonzero(table["row"].to_numpy() == 0).tolist()
         ends = [*starts[1:], table.num_rows]

@@ -1,0 +1,136 @@
+"""Reading a whole array of ``features.zarr``: keys, views, labels, statistics.
+
+zarr-python decodes; but it takes a missing or an empty object for fill values, and one
+wrong bit in ``zarr.json`` (the separator of chunk names, a shape) for another array. So
+metadata is compared with what the record makes of it, and every object must be there.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from manifests.bank import BankRecord
+from manifests.errors import BankError
+from manifests.storage import Store
+from pipeline.bank import layout
+from pipeline.bank.arrays import metadata
+from pipeline.bank.classifiers import classifier_arrays
+from pipeline.bank.objects import has_own_crc
+from pipeline.bank.output_statistics import statistics_metadata, statistics_of
+
+_HINT = "run the same `teachonce precompute` with --repair, it is made anew"
+
+
+def read_whole_array(
+    features: Store, record: BankRecord, path: str
+) -> npt.NDArray[Any]:
+    """Returns a whole array of a bank; rows beyond those of its record are left out.
+
+    Args:
+        features: the bank's Zarr root, ``features.zarr``.
+        record: the bank's.
+        path: of the array in it.
+
+    Raises:
+        BankError: there is no array of that path, or it is damaged; the file is named.
+    """
+    import zarr
+
+    _check_metadata(features, record, path)
+    array = zarr.open_array(features.url_of(path), mode="r", zarr_format=3)
+    objects = _objects(array, path)
+    for name in objects:
+        # zarr takes an empty object for a missing one, and that for fill values.
+        if not features.size(name):
+            raise BankError(f"{features.url_of(name)} is missing or empty; {_HINT}")
+    names = getattr(array.metadata, "dimension_names", None) or ("",)
+    # A bank that grows has longer arrays than its record says.
+    has_rows = names[:1] == ("sample",)
+    try:
+        return np.asarray(array[: record.num_rows] if has_rows else array[...])
+    except (ValueError, RuntimeError) as error:
+        damaged = [one for one in objects if not has_own_crc(features.read(one))]
+        where = features.url_of((damaged or [path])[0])
+        raise BankError(f"{where} is damaged ({error}); {_HINT}") from error
+
+
+def _check_metadata(features: Store, record: BankRecord, path: str) -> None:
+    """Raises BankError unless the metadata of an array is what the record implies."""
+    name = f"{path}/zarr.json"
+    held = features.read_or_none(name)
+    expected = _expected(record, path)
+    if held is None:
+        if expected is None:
+            raise BankError(
+                f"bank {features.url.rpartition('/')[0]} has no array {path!r} in "
+                "features.zarr"
+            )
+        raise BankError(f"{features.url_of(name)} is missing; {_HINT}")
+    try:
+        document = json.loads(held)
+        kind = document["node_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BankError(f"{features.url_of(name)} is damaged; {_HINT}") from error
+    if kind == "group" and expected is None:
+        raise BankError(f"{features.url_of(path)} is a group, not an array")
+    if expected is not None and not is_array_of(document, json.loads(expected)):
+        raise BankError(
+            f"{features.url_of(name)} is damaged: it is not what bank.json implies; "
+            f"{_HINT}"
+        )
+
+
+def is_array_of(held: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Returns whether metadata describes the array that is expected, or one grown.
+
+    Args:
+        held: a ``zarr.json``.
+        expected: what it should be, but for attributes and later rows and views.
+    """
+    rest = {"shape": None, "attributes": None}
+    if {**held, **rest} != {**expected, **rest}:
+        return False
+    shape, least = held.get("shape"), expected["shape"]
+    if not isinstance(shape, list) or len(shape) != len(least):
+        return False
+    names = expected.get("dimension_names") or [""] * len(least)
+    return all(
+        mine >= other if name in ("sample", "view") else mine == other
+        for mine, other, name in zip(shape, least, names, strict=True)
+    )
+
+
+def _expected(record: BankRecord, path: str) -> bytes | None:
+    """Returns the metadata that a record implies for an array, None for others."""
+    rows, views = record.num_rows, record.num_views
+    for array in layout.row_arrays(record):
+        if array.path == path:
+            return array.metadata(rows, views)
+    for spec in layout.feature_arrays(record):
+        if spec.path == path:
+            return metadata(spec, rows, views)
+    for classifier in classifier_arrays(record):
+        if classifier.path == path:
+            return classifier.metadata()
+    level, _, name = path.rpartition("/stats/")
+    for output_path, _, output in layout.outputs(record):
+        if output_path == f"{level}/{output.name}":
+            for what in statistics_of(output):
+                if name == f"{output.name}_{what}":
+                    return statistics_metadata(output, what)
+    return None
+
+
+def _objects(array: Any, path: str) -> list[str]:
+    """Returns the paths of all objects of an opened array."""
+    size = array.shards or array.chunks
+    counts = [
+        -(-length // chunk) for length, chunk in zip(array.shape, size, strict=True)
+    ]
+    return [
+        f"{path}/{'.'.join(['c', *map(str, index)])}" for index in np.ndindex(*counts)
+    ]
