@@ -18,7 +18,7 @@ from manifests.document import Strict
 from manifests.errors import ManifestError
 
 FIELD = "crc32c"
-_TAIL = re.compile(rb',\s*"crc32c":\s*"([0-9a-f]{8})"\s*\}\s*\Z')
+_TAIL = re.compile(rb',\s*"([^"]*)":\s*"([0-9a-f]{8})"\s*\}\s*\Z')
 
 
 class Checked(Strict):
@@ -57,9 +57,9 @@ def check_own_checksum(text: bytes, document: dict[str, Any], where: str) -> Non
         ManifestError: they do not match.
     """
     found = _TAIL.search(text)
-    if found is not None and crc32c(text[: found.start()]) == int(found[1], 16):
-        return
-    if found is not None or FIELD in document:
+    matches = found is not None and crc32c(text[: found.start()]) == int(found[2], 16)
+    # A checksum that matches under another name: the wrong bit is in the name.
+    if matches != (FIELD in document):
         raise ManifestError(
             f"{where} must match its own crc32c, got damage or an edit; restore it "
             f"from a copy (after an edit on purpose, remove its field `{FIELD}`)"

@@ -86,7 +86,7 @@ def copy_block(
     for path, (size, crc) in objects.items():
         if _is_held(destination, path, size, crc, held):
             continue
-        data = source.read_or_none(paths[path])
+        data = source.read_or_none(paths[path], size)
         if data is None:
             raise _damaged(source, task, paths[path], "is missing")
         if len(data) != size:
@@ -108,7 +108,7 @@ def copy_block(
 def _is_held(
     store: Store, path: str, size: int, crc: int, held: Mapping[str, int]
 ) -> bool:
-    return held.get(path) == size and has_crc32c([store.read(path)], crc)
+    return held.get(path) == size and has_crc32c([store.read(path, size)], crc)
 
 
 def _read_commit(source: Store, task: BlockTask) -> tuple[bytes, Commit]:

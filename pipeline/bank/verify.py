@@ -200,11 +200,11 @@ def _check_contents(
 
     def check(content: CommitContent) -> list[tuple[CommitContent, str, str]]:
         found = []
-        for path, (_, crc) in sorted(content.objects.items()):
+        for path, (size, crc) in sorted(content.objects.items()):
             if path in bad:
                 continue
             try:
-                data = store.read(path)
+                data = store.read(path, size)
                 if not has_crc32c([data], crc):
                     why = "has another crc32c than its commit says"
                     found.append((content, path, why))

@@ -8,6 +8,7 @@ metadata is compared with what the record makes of it, and every object must be 
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from pipeline.bank.classifiers import classifier_arrays
 from pipeline.bank.objects import has_own_crc
 from pipeline.bank.output_statistics import statistics_metadata, statistics_of
 
+_READERS = 16
 _HINT = "run the same `teachonce precompute` with --repair, it is made anew"
 
 
@@ -39,27 +41,39 @@ def read_whole_array(
         BankError: there is no array of that path, or it is damaged; the file is named.
     """
     import zarr
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.storage import MemoryStore
 
-    _check_metadata(features, record, path)
-    array = zarr.open_array(features.url_of(path), mode="r", zarr_format=3)
-    objects = _objects(array, path)
-    for name in objects:
-        # zarr takes an empty object for a missing one, and that for fill values.
-        if not features.size(name):
-            raise BankError(f"{features.url_of(name)} is missing or empty; {_HINT}")
-    names = getattr(array.metadata, "dimension_names", None) or ("",)
+    metadata = _check_metadata(features, record, path)
+    make = default_buffer_prototype().buffer.from_bytes
+    held = {"zarr.json": make(metadata)}
+    array = zarr.open_array(MemoryStore(held), mode="r", zarr_format=3)
+    with ThreadPoolExecutor(_READERS) as pool:
+        names = _objects(array)
+        found = pool.map(lambda name: features.read_or_none(f"{path}/{name}"), names)
+        for name, data in zip(names, found, strict=True):
+            # zarr takes an empty object for a missing one, and that for fill values.
+            if not data:
+                where = features.url_of(f"{path}/{name}")
+                raise BankError(f"{where} is missing or empty; {_HINT}")
+            held[name] = make(data)
+    dimensions = getattr(array.metadata, "dimension_names", None) or ("",)
     # A bank that grows has longer arrays than its record says.
-    has_rows = names[:1] == ("sample",)
+    has_rows = dimensions[:1] == ("sample",)
     try:
         return np.asarray(array[: record.num_rows] if has_rows else array[...])
     except (ValueError, RuntimeError) as error:
-        damaged = [one for one in objects if not has_own_crc(features.read(one))]
-        where = features.url_of((damaged or [path])[0])
+        damaged = [one for one in names if not has_own_crc(held[one].to_bytes())]
+        where = features.url_of(f"{path}/{damaged[0]}" if damaged else path)
         raise BankError(f"{where} is damaged ({error}); {_HINT}") from error
 
 
-def _check_metadata(features: Store, record: BankRecord, path: str) -> None:
-    """Raises BankError unless the metadata of an array is what the record implies."""
+def _check_metadata(features: Store, record: BankRecord, path: str) -> bytes:
+    """Returns the metadata of an array if it is what the record implies.
+
+    Raises:
+        BankError: it is not, or there is no such array.
+    """
     name = f"{path}/zarr.json"
     held = features.read_or_none(name)
     expected = _expected(record, path)
@@ -82,6 +96,7 @@ def _check_metadata(features: Store, record: BankRecord, path: str) -> None:
             f"{features.url_of(name)} is damaged: it is not what bank.json implies; "
             f"{_HINT}"
         )
+    return held
 
 
 def is_array_of(held: dict[str, Any], expected: dict[str, Any]) -> bool:
@@ -125,12 +140,10 @@ def _expected(record: BankRecord, path: str) -> bytes | None:
     return None
 
 
-def _objects(array: Any, path: str) -> list[str]:
-    """Returns the paths of all objects of an opened array."""
+def _objects(array: Any) -> list[str]:
+    """Returns the names of all objects of an opened array."""
     size = array.shards or array.chunks
     counts = [
         -(-length // chunk) for length, chunk in zip(array.shape, size, strict=True)
     ]
-    return [
-        f"{path}/{'.'.join(['c', *map(str, index)])}" for index in np.ndindex(*counts)
-    ]
+    return [".".join(["c", *map(str, index)]) for index in np.ndindex(*counts)]
