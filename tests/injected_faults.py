@@ -209,6 +209,16 @@ def inject(
     return Fault(bank, path, damage, where, before)
 
 
+def can_be_told(kind: str, damage: str) -> bool:
+    """Returns whether a bank can tell that a file was damaged so.
+
+    The card is prose that people edit; a run more or less was never promised.
+    """
+    if kind == "card":
+        return damage in ("deleted", "emptied")
+    return not (kind == "run" and damage == "deleted")
+
+
 def block_of(path: str) -> int | None:
     """Returns the block that a file is of, None where it is of no block alone."""
     kind = kind_of(path)
