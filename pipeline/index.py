@@ -19,7 +19,7 @@ from pipeline.bank.dataset_index import (
     IndexedShard,
     part_path,
     read_rows,
-    write_index,
+    write_part,
 )
 from pipeline.samples.shards import index_shard
 
@@ -108,4 +108,4 @@ def restore_part(store: Store, record: BankRecord, part: str) -> None:
             )
         place = {"tag": entry.tag, "modified": entry.modified}
         restored.append(IndexedShard(now.model_copy(update=place), indexed.rows))
-    write_index(store, f"dataset/{part}", restored)
+    write_part(store, part, restored)

@@ -26,7 +26,7 @@ from pipeline.bank.classifiers import (
     write_classifier,
 )
 from pipeline.bank.commits import commit_path, list_commits
-from pipeline.bank.dataset_index import read_part, write_index
+from pipeline.bank.dataset_index import read_part, write_part
 from pipeline.bank.layout import write_metadata
 from pipeline.bank.lock import bank_lock, break_lock, clear_dead_lock
 from pipeline.bank.record import open_record, read_record, write_record
@@ -97,7 +97,7 @@ def _merge(store: Store, plan: Plan) -> bool:
         return False
     changes = plan.changes
     if changes.new:
-        write_index(store, f"dataset/{plan.part}", changes.new)
+        write_part(store, plan.part, changes.new)
     write_metadata(store, plan.record)
     write_classifiers(store, plan.record)
     write_record(store, _unfinished(plan))

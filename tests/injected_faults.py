@@ -212,10 +212,13 @@ def inject(
 def can_be_told(kind: str, damage: str) -> bool:
     """Returns whether a bank can tell that a file was damaged so.
 
-    The card is prose that people edit; a run more or less was never promised.
+    The card's words are for people, who edit them; a run more or less was never
+    promised.
     """
     if kind == "card":
         return damage in ("deleted", "emptied")
+    if kind == "catalogue record":
+        return damage != "flipped"
     return not (kind == "run" and damage == "deleted")
 
 

@@ -75,11 +75,23 @@ def encode_rows(shards: Sequence[IndexedShard]) -> bytes:
 
 
 def write_index(store: Store, stem: str, shards: Sequence[IndexedShard]) -> None:
-    """Writes ``<stem>.parquet`` and then ``<stem>.json``."""
+    """Writes ``<stem>.parquet`` and then ``<stem>.json``, which people may edit."""
     store.replace(f"{stem}.parquet", encode_rows(shards))
+    store.replace(f"{stem}.json", _encode_shards(shards) + b"\n")
+
+
+def write_part(store: Store, part: str, shards: Sequence[IndexedShard]) -> None:
+    """Writes a part of a bank's dataset: its rows, then the record of its shards.
+
+    Only for the holder of the bank's lock.
+    """
+    store.replace(part_path(part), encode_rows(shards))
+    store.replace(part_record_path(part), with_own_checksum(_encode_shards(shards)))
+
+
+def _encode_shards(shards: Sequence[IndexedShard]) -> bytes:
     record = DatasetRecord(shards=tuple(shard.record for shard in shards))
-    text = json.dumps(record.model_dump(mode="json"), indent=1)
-    store.replace(f"{stem}.json", with_own_checksum(text.encode()))
+    return json.dumps(record.model_dump(mode="json"), indent=1).encode()
 
 
 def part_path(part: str) -> str:
@@ -169,7 +181,7 @@ def copy_part(
     path = part_record_path(stem)
     text = source.read(path)
     record = load_json(DatasetRecord, text, source.url_of(path))
-    target = f"dataset/{shards[0].part}"
+    target = shards[0].part
     rows = dict(read_rows(data, source.url_of(part_path(stem)), _HINT))
     records = {one.name: one for one in record.shards}
     for shard in shards:
@@ -180,8 +192,8 @@ def copy_part(
                 "them from a copy"
             )
     if len(shards) == len(record.shards):
-        destination.replace(f"{target}.parquet", data)
-        destination.replace(f"{target}.json", text)
+        destination.replace(part_path(target), data)
+        destination.replace(part_record_path(target), text)
         return
     kept = [IndexedShard(records[one.name], rows.get(one.name, ())) for one in shards]
-    write_index(destination, target, kept)
+    write_part(destination, target, kept)

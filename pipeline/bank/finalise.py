@@ -373,10 +373,8 @@ def finalise(
     )
     finished = record.model_copy(update={"state": state})
     make_statistics(store, finished, committed)
+    told = state.model_copy(update={"files": write_files(store, record)})
+    finished = record.model_copy(update={"state": told})
     write_card(store, finished)
-    files = write_files(store, record)
-    finished = record.model_copy(
-        update={"state": state.model_copy(update={"files": files})}
-    )
     write_record(store, finished)
     return finished

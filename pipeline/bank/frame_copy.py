@@ -14,8 +14,8 @@ from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.classifiers import classifier_arrays
 from pipeline.bank.dataset_index import copy_part
-from pipeline.bank.objects import has_own_crc
 from pipeline.bank.record import FEATURES
+from pipeline.bank.row_arrays import has_own_crc
 from pipeline.bank.selection import BankPart
 
 # Of outputs that have any: the covariance may be left out, the others never.

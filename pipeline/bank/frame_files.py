@@ -1,9 +1,9 @@
 """``files.parquet``: size and checksum of every file that no commit names.
 
-Metadata, row arrays, statistics, index and catalogue record: finalise writes them, and
-last of all this table of them, whose own size and checksum stand in ``bank.json``. For
-`verify` alone: readers check what they read by itself. A bank that grows says nothing
-of them until it is finalised again.
+Metadata, row arrays, statistics and index: finalise writes them, then this table of
+them, whose own size and checksum stand in ``bank.json``. For `verify` alone: readers
+check what they read by itself. A bank that grows says nothing of them until it is
+finalised again. The card is not among them: people edit it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import pyarrow as pa
 from manifests.bank import BankRecord
 from manifests.storage import Buffer, Store
 from pipeline.bank import layout
-from pipeline.bank.card import CARD_PATH
 from pipeline.bank.classifiers import classifier_arrays
 from pipeline.bank.dataset_index import part_path
 from pipeline.bank.objects import object_crc32c
@@ -50,7 +49,7 @@ def write_files(store: NotingStore, record: BankRecord) -> Told:
         store: the bank's, to which finalise has written.
         record: its record.
     """
-    told = {path: one for path, one in store.noted.items() if path != CARD_PATH}
+    told = dict(store.noted)
     for path in _kept_paths(record):
         if path not in told:
             told[path] = _tell(store.read(path))
@@ -76,8 +75,6 @@ def damaged_files(
     """
     if record.state is None or record.state.files is None:
         return
-    if not store.size(CARD_PATH):
-        yield CARD_PATH, "is missing or empty"
     data = store.read_or_none(FILES_PATH)
     if data is None:
         yield FILES_PATH, "is missing"

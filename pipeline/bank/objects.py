@@ -126,14 +126,6 @@ def has_crc32c(parts: Sequence[Buffer], told: int) -> bool:
     return early == told
 
 
-def has_own_crc(data: bytes) -> bool:
-    """Whether the last four bytes are the crc32c of the others, as the codec has it."""
-    if len(data) < _CRC_BYTES:
-        return False
-    told = int.from_bytes(data[-_CRC_BYTES:], "little")
-    return bool(crc32c(data[:-_CRC_BYTES]) == told)
-
-
 def decode_object(
     data: Buffer,
     spec: ArraySpec,

@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from manifests.bank import BankRecord, OutputEntry, PassEntry
 from manifests.storage import Store
@@ -23,12 +19,10 @@ from pipeline.bank.commits import read_commits
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.objects import decode_object
 from pipeline.bank.record import FEATURES
+from pipeline.bank.statistic_arrays import statistic_objects, statistics_of
 
-MAX_COVARIANCE_CHANNELS = 4096
 # A small sample is kept for its second look; a large one is read again.
 KEPT_BYTES = 64 * 2**20
-_NO_COVARIANCE = frozenset({"logits"})
-_WITHOUT = frozenset({"topk", "index"})
 
 
 class OutputSample:
@@ -148,28 +142,9 @@ def write_statistics(
         level, _, name = path.rpartition("/")
         found = compute(sample, output.shape[-1], "covariance" in kinds)
         for what, values in found.items():
-            _write(store, f"{FEATURES}/{level}/stats/{name}_{what}", name, values)
-
-
-def statistics_of(output: OutputEntry) -> tuple[str, ...]:
-    """Returns the names of an output's statistics; none where it holds no vectors."""
-    if output.encoding["encoding"] in _WITHOUT:
-        return ()
-    always = ("mean", "variance", "mean_direction", "dispersion", "count")
-    is_small = output.shape[-1] <= MAX_COVARIANCE_CHANNELS
-    has_covariance = is_small and output.name not in _NO_COVARIANCE
-    return (*always, "covariance") if has_covariance else always
-
-
-def statistics_metadata(output: OutputEntry, what: str) -> bytes:
-    """Returns the ``zarr.json`` of one statistic of an output."""
-    channels = output.shape[-1]
-    shapes = {"dispersion": (), "count": (), "covariance": (channels, channels)}
-    written: dict[str, Any] = {}
-    dtype = np.dtype(np.int64 if what == "count" else np.float64)
-    _create(written, output.name, shapes.get(what, (channels,)), dtype)
-    data: bytes = written["zarr.json"].to_bytes()
-    return data
+            objects = statistic_objects(name, values)
+            for key, data in objects.items():
+                store.replace(f"{FEATURES}/{level}/stats/{name}_{what}/{key}", data)
 
 
 def _valid_rows(
@@ -186,28 +161,3 @@ def _valid_rows(
         for rows in content.invalid.values():
             valid[number, list(rows)] = False
     return np.asarray(blocks, np.int64), valid
-
-
-def _write(store: Store, path: str, output: str, values: np.ndarray) -> None:
-    written: dict[str, Any] = {}
-    _create(written, output, values.shape, values.dtype)[...] = values
-    for key, data in sorted(written.items()):
-        store.replace(f"{path}/{key}", data.to_bytes())
-
-
-def _create(
-    written: dict[str, Any], output: str, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> zarr.Array[Any]:
-    return zarr.create_array(
-        MemoryStore(written),
-        shape=shape,
-        chunks=shape,
-        dtype=dtype,
-        fill_value="NaN" if dtype.kind == "f" else 0,
-        filters=(),
-        compressors=(ZstdCodec(level=1), Crc32cCodec()),
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=[f"{output}_channel", f"{output}_channel_2"][: len(shape)],
-        config={"write_empty_chunks": True},
-        zarr_format=3,
-    )

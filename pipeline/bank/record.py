@@ -7,7 +7,7 @@ import json
 from manifests.bank import BANK_SCHEMA, BankRecord
 from manifests.errors import BankError
 from manifests.loading import load_json
-from manifests.own_checksum import check_own_checksum, with_own_checksum
+from manifests.own_checksum import with_own_checksum
 from manifests.storage import Store
 from pipeline.samples.views import ViewPolicy
 
@@ -44,18 +44,16 @@ def parse_record(store: Store, text: bytes, path: str = RECORD_PATH) -> BankReco
         ManifestError: it is damaged.
     """
     try:
-        document = json.loads(text)
-        version = document.get("schema_version")
+        version = json.loads(text).get("schema_version")
     except (ValueError, AttributeError) as error:
         raise BankError(
             f"{store.url_of(path)} is not a bank record ({error}); restore it "
             "from a copy, everything else of the bank is still there"
         ) from error
-    check_own_checksum(text, document, store.url_of(path))
     if not isinstance(version, int) or version > BANK_SCHEMA:
         raise BankError(
             f"bank {store.url} has schema version {version}, this TeachOnce reads up "
-            f"to {BANK_SCHEMA}; install a newer one"
+            f"to {BANK_SCHEMA} ({path}); install a newer one"
         )
     return load_json(BankRecord, text, store.url_of(path))
 

@@ -26,6 +26,7 @@ from pipeline.bank.objects import decode_object, has_crc32c
 from pipeline.bank.record import FEATURES
 from pipeline.bank.rows import decode_rows
 from pipeline.bank.verify_frame import (
+    damaged_card,
     damaged_classifiers,
     damaged_metadata,
     damaged_parts,
@@ -151,6 +152,7 @@ def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport
             found.setdefault(path, why)
             if path.endswith("zarr.json"):
                 report.damaged_metadata.append(path)
+    found |= dict(damaged_card(store, record))
     runs = dict(damaged_runs(store)) if full else {}
     report.damaged_runs = list(runs)
     report.problems += [f"{path} {why}" for path, why in (found | runs).items()]

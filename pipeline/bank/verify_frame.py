@@ -18,10 +18,12 @@ from manifests.own_checksum import parse_checked
 from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import metadata
+from pipeline.bank.card import CARD_PATH
 from pipeline.bank.classifiers import classifier_arrays
+from pipeline.bank.croissant import CROISSANT_PATH
 from pipeline.bank.dataset_index import part_path, part_record_path, read_part
-from pipeline.bank.objects import has_own_crc
 from pipeline.bank.record import FEATURES
+from pipeline.bank.row_arrays import has_own_crc
 from pipeline.bank.row_index import index_path, num_index_parts, read_index_part
 
 
@@ -177,3 +179,18 @@ def damaged_runs(store: Store) -> Iterator[tuple[str, str]]:
                 parse_checked(store.read(path), path)
             except ManifestError:
                 yield path, "is damaged; nothing needs it, --repair removes it"
+
+
+def damaged_card(store: Store, record: BankRecord) -> Iterator[tuple[str, str]]:
+    """Yields (path, what is wrong) of the card, whose words nobody can vouch for.
+
+    Early banks have none, or not all of it.
+    """
+    if record.state is None or record.state.files is None:
+        return
+    if not store.size(CARD_PATH):
+        yield CARD_PATH, "is missing or empty"
+    try:
+        json.loads(store.read_or_none(CROISSANT_PATH) or b"")
+    except ValueError:
+        yield CROISSANT_PATH, "is missing or no JSON"

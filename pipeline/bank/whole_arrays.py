@@ -20,8 +20,8 @@ from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import metadata
 from pipeline.bank.classifiers import classifier_arrays
-from pipeline.bank.objects import has_own_crc
-from pipeline.bank.output_statistics import statistics_metadata, statistics_of
+from pipeline.bank.row_arrays import has_own_crc
+from pipeline.bank.statistic_arrays import statistic_metadata, statistics_of
 
 _READERS = 16
 _HINT = "run the same `teachonce precompute` with --repair, it is made anew"
@@ -136,7 +136,7 @@ def _expected(record: BankRecord, path: str) -> bytes | None:
         if output_path == f"{level}/{output.name}":
             for what in statistics_of(output):
                 if name == f"{output.name}_{what}":
-                    return statistics_metadata(output, what)
+                    return statistic_metadata(output, what)
     return None
 
 
