@@ -113,17 +113,29 @@ def commits(bank: Path) -> Commits:
     }
 
 
-def phase(bank: Path, num_commits: int, total: int) -> str:
-    """Returns what a killed run was at, as far as its bank tells."""
+def phase(bank: Path, known: set[str], num_commits: int, total: int) -> str:
+    """Returns what a killed run was at, as far as its bank tells.
+
+    Args:
+        bank: as the kill left it.
+        known: runs that it had before.
+        num_commits: that it has now.
+        total: commits of a whole bank.
+    """
     record, is_locked = bank / "bank.json", (bank / "lock.json").exists()
     if not record.exists():
         return "making the bank" if is_locked else "starting"
+    if not runs_of(bank) - known:
+        return "starting again"
     if num_commits < total:
-        return "growing arrays" if is_locked else "starting or computing"
+        return "computing"
     state = json.loads(record.read_bytes())["state"]
-    if state is not None and state["complete"]:
-        return "ending" if is_locked else "ended"
-    return "finalising"
+    return "ending" if state is not None and state["complete"] else "finalising"
+
+
+def runs_of(bank: Path) -> set[str]:
+    """Returns the names of the records of runs."""
+    return {path.name for path in bank.glob("runs/*.json")}
 
 
 def planned_twice(bank: Path, known: set[str], lacking: int) -> int:
@@ -153,7 +165,7 @@ class Campaign:
     ) -> tuple[Commits, Commits, bool]:
         """Runs the command, killed after a while; returns commits and if it ended."""
         before = commits(bank)
-        known = {path.name for path in bank.glob("runs/*.json")}
+        known = runs_of(bank)
         process = start(self.job, bank)
         try:
             process.wait(wait_s)
@@ -209,12 +221,13 @@ def main() -> int:
         while kill < args.kills:
             bank = folder / f"bank-{campaign.whole}"
             wait_s = rng.uniform(0, seconds)
+            known = runs_of(bank)
             before, after, has_ended = campaign.attempt(bank, wait_s)
             if has_ended:
                 campaign.compare(bank)
                 continue
             kill += 1
-            at = phase(bank, len(after), campaign.total)
+            at = phase(bank, known, len(after), campaign.total)
             campaign.phases[at] += 1
             print(
                 f"{kill:4} {campaign.whole:4} {wait_s:8.1f} {len(before):7} "
