@@ -184,10 +184,21 @@ class Campaign:
     def compare(self, bank: Path) -> None:
         """Compares a bank that is whole with the undisturbed one, and verifies it."""
         self.whole += 1
-        self.is_identical &= bank_identity(bank) == self.identity
+        found = bank_identity(bank)
+        names = sorted(found.keys() | self.identity.keys())
+        wrong = [one for one in names if found.get(one) != self.identity.get(one)]
         command = [sys.executable, "-m", "teachonce", "verify", str(bank), "--full"]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, check=False)
-        self.is_identical &= done.returncode == 0 and not (bank / "lock.json").exists()
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            said = f"{done.stdout}{done.stderr}".strip()
+            wrong.append(f"verify ended with {done.returncode}: {said}")
+        if (bank / "lock.json").exists():
+            wrong.append("it is locked")
+        for one in wrong:
+            print(f"{bank.name}: {one}", flush=True)
+        self.is_identical &= not wrong
 
 
 def main() -> int:

@@ -142,7 +142,7 @@ def _read_groups(
     name: str | None = None
     rows: list[ShardRow] = []
     for group in range(file.num_row_groups):
-        table = file.read_row_group(group).to_pydict()
+        table = file.read_row_group(group, use_threads=False).to_pydict()
         for shard, key, offset, size, refused in zip(
             table["shard"],
             table["key"],
