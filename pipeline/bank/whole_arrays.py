@@ -1,8 +1,9 @@
 """Reading a whole array of ``features.zarr``: keys, views, labels, statistics.
 
-zarr-python decodes; but it takes a missing or an empty object for fill values, and one
-wrong bit in ``zarr.json`` (the separator of chunk names, a shape) for another array. So
-metadata is compared with what the record makes of it, and every object must be there.
+zarr-python decodes; but it takes a missing object, and an empty one of a block, for
+fill values, and one wrong bit in ``zarr.json`` (the separator of chunk names, a shape)
+makes another array. So metadata is compared with what the record makes of it, and every
+object must be there.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def read_whole_array(
         names = _objects(array)
         found = pool.map(lambda name: features.read_or_none(f"{path}/{name}"), names)
         for name, data in zip(names, found, strict=True):
-            # zarr takes an empty object for a missing one, and that for fill values.
+            # zarr takes a missing object, and an empty one of a block, for fill values.
             if not data:
                 where = features.url_of(f"{path}/{name}")
                 raise BankError(f"{where} is missing or empty; {_HINT}")
