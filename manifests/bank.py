@@ -13,6 +13,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from manifests.document import Strict
 from manifests.exported import ExportedFrom
+from manifests.own_checksum import Checked
 from manifests.teacher import BevExtent
 
 BANK_SCHEMA = 1
@@ -184,9 +185,12 @@ class BankState(Strict):
         default_factory=dict, description="points that were not finite, by input"
     )
     damaged_shards: dict[str, str] = Field(default_factory=dict)
+    files: tuple[int, int] | None = Field(
+        None, description="size in bytes and crc32c, last byte first, of files.parquet"
+    )
 
 
-class BankRecord(Strict):
+class BankRecord(Checked):
     """``bank.json``."""
 
     schema_version: int = BANK_SCHEMA
@@ -305,7 +309,7 @@ class CommitContent(Strict):
         return {code: format_runs(rows) for code, rows in value.items()}
 
 
-class Commit(Strict):
+class Commit(Checked):
     """``commits/<pass>/<block>.json``: the small record that makes a block exist."""
 
     content: CommitContent

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from manifests.document import Strict
+from manifests.own_checksum import Checked
 
 DATASET_SCHEMA = 1
 INDEX_COLUMNS = ("shard", "row", "key", "offset", "size", "refused")
@@ -40,7 +41,7 @@ class ShardRecord(Strict):
     faults: tuple[FaultRecord, ...] = ()
 
 
-class DatasetRecord(Strict):
+class DatasetRecord(Checked):
     """``dataset.json``: the shards of one index; rows lie in the Parquet beside it."""
 
     schema_version: int = DATASET_SCHEMA

@@ -32,6 +32,7 @@ from pydantic import BaseModel, ValidationError
 
 from manifests.errors import ManifestError, StorageError
 from manifests.job import Job
+from manifests.own_checksum import parse_checked
 from manifests.storage import read_url
 from manifests.teacher import TeacherConfig
 from manifests.yaml_text import apply_overrides, parse_yaml
@@ -234,14 +235,12 @@ def parse_document(model: type[Model], data: Mapping[str, Any], where: str) -> M
 
 
 def load_json(model: type[Model], text: bytes, where: str) -> Model:
-    """Returns a JSON document as a checked model; raises ManifestError else."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{where}: not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ManifestError(f"{where}: must be a JSON object")
-    return parse_document(model, data, where)
+    """Returns a JSON document as a checked model; its own crc32c is compared.
+
+    Raises:
+        ManifestError: it is not such a document, or is damaged.
+    """
+    return parse_document(model, parse_checked(text, where), where)
 
 
 def is_weights_file(weights: str) -> bool:

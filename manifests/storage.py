@@ -2,7 +2,8 @@
 
 Owns opening, listing, create-only and atomic writing, not what the bytes mean. A write
 becomes visible whole or not at all: object stores do that by nature; on a local disk a
-temporary name in ``.tmp/`` is linked (create) or renamed (replace) into place.
+temporary name in ``.tmp/`` is linked (create) or renamed (replace) into place. What a
+remote store fails to do for a while is tried again (``manifests.retrying``).
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from fsspec.core import url_to_fs
 
 from manifests.errors import StorageError
+from manifests.retrying import PatientFile, is_forbidden, retrying
 
+Result = TypeVar("Result")
 Buffer = bytes | bytearray | memoryview
 
 _TEMPORARY = ".tmp"
@@ -55,7 +58,7 @@ def explain(error: BaseException, what: str, url: str) -> StorageError:
     text = str(error) or type(error).__name__
     if code == errno.ENOSPC or code == errno.EDQUOT:
         hint = "no space left there; free some or put the bank elsewhere"
-    elif isinstance(error, PermissionError) or code in (errno.EACCES, errno.EPERM):
+    elif is_forbidden(error) or code in (errno.EACCES, errno.EPERM):
         hint = "permission denied; check who owns it and what you may write"
     elif code == errno.EROFS:
         hint = "the file system is read-only; choose another place"
@@ -93,7 +96,7 @@ def stat_url(url: str) -> Stat:
     """
     fs, path = split_url(url)
     try:
-        info = fs.info(path)
+        info = _ask(fs, path, lambda: fs.info(path))
     except Exception as error:
         raise explain(error, "read", url) from error
     if info.get("type") == "directory":
@@ -113,8 +116,10 @@ def open_url(url: str) -> BinaryIO:
     try:
         if _local_path(fs, path) is not None:
             return _open_file(path)
-        opened = fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead")
-        return cast(BinaryIO, opened)
+        opened = retrying(
+            lambda: fs.open(path, "rb", block_size=_READ_BYTES, cache_type="readahead")
+        )
+        return cast(BinaryIO, PatientFile(opened))
     except Exception as error:
         raise explain(error, "read", url) from error
 
@@ -148,7 +153,7 @@ def read_range(url: str, start: int, end: int) -> bytes:
     """
     fs, path = split_url(url)
     try:
-        data: bytes = fs.cat_file(path, start=start, end=end)
+        data: bytes = _ask(fs, path, lambda: fs.cat_file(path, start=start, end=end))
     except Exception as error:
         raise explain(error, "read", url) from error
     return data
@@ -158,6 +163,10 @@ def _check_inside(path: str) -> None:
     """Raises ValueError unless a path stays in its store, whoever wrote it."""
     if path.startswith("/") or "\0" in path or ".." in path.split("/"):
         raise ValueError(f"{path[:200]!r} leads out of it; the path must stay inside")
+
+
+def _ask(fs: Any, path: str, call: Callable[[], Result]) -> Result:
+    return call() if _local_path(fs, path) is not None else retrying(call)
 
 
 class Store:
@@ -191,20 +200,39 @@ class Store:
         _check_inside(path)
         return self._local / path
 
-    def read(self, path: str) -> bytes:
-        """Returns all bytes of one object; raises StorageError where it is missing."""
+    def read(self, path: str, size_bytes: int | None = None) -> bytes:
+        """Returns all bytes of one object; raises StorageError where it is missing.
+
+        Args:
+            path: where, relative to the store.
+            size_bytes: that it should have, if known: a remote store that gives fewer,
+                though it says that they are there, is asked again.
+        """
         try:
             if self._local is not None:
                 with _open_file(self._file(path)) as file:
                     return file.read()
-            return bytes(self._fs.cat_file(self._key(path)))
+            return retrying(lambda: self._read_remote(path, size_bytes))
         except Exception as error:
             raise explain(error, "read", self.url_of(path)) from error
 
-    def read_or_none(self, path: str) -> bytes | None:
-        """Returns all bytes of one object, or None where it does not exist."""
+    def _read_remote(self, path: str, size_bytes: int | None) -> bytes:
+        data = bytes(self._fs.cat_file(self._key(path)))
+        if size_bytes is not None and len(data) < size_bytes:
+            there = int(self._fs.info(self._key(path))["size"])
+            if there > len(data):
+                raise TimeoutError(f"only {len(data)} of {there} bytes came")
+        return data
+
+    def read_or_none(self, path: str, size_bytes: int | None = None) -> bytes | None:
+        """Returns all bytes of one object, or None where it does not exist.
+
+        Args:
+            path: where, relative to the store.
+            size_bytes: as for ``read``.
+        """
         try:
-            return self.read(path)
+            return self.read(path, size_bytes)
         except StorageError as error:
             if isinstance(error.__cause__, FileNotFoundError):
                 return None
@@ -215,7 +243,8 @@ class Store:
         try:
             if self._local is not None:
                 return os.stat(self._file(path)).st_size
-            return int(self._fs.info(self._key(path))["size"])
+            found = retrying(lambda: self._fs.info(self._key(path)))
+            return int(found["size"])
         except FileNotFoundError:
             return None
         except Exception as error:
@@ -237,12 +266,23 @@ class Store:
             if self._local is not None:
                 return self._create_local(self._file(path), buffers)
             data = b"".join(bytes(part) for part in buffers)
-            self._fs.pipe_file(self._key(path), data, mode="create")
-            return True
+            return self._create_remote(self._key(path), data)
         except FileExistsError:
             return False
         except Exception as error:
             raise explain(error, "write", self.url_of(path)) from error
+
+    def _create_remote(self, key: str, data: bytes) -> bool:
+        failed: list[bool] = []
+        try:
+            retrying(
+                lambda: self._fs.pipe_file(key, data, mode="create"),
+                lambda: failed.append(True),
+            )
+        except FileExistsError:
+            # An attempt that failed may have been done: then the object is ours.
+            return bool(failed) and data == retrying(lambda: self._fs.cat_file(key))
+        return True
 
     def _create_local(self, target: Path, parts: Sequence[Buffer]) -> bool:
         with self._temporary(parts) as temporary:
@@ -263,7 +303,7 @@ class Store:
                 with self._temporary([data]) as temporary:
                     os.replace(temporary, target)
             else:
-                self._fs.pipe_file(self._key(path), data)
+                retrying(lambda: self._fs.pipe_file(self._key(path), data))
         except Exception as error:
             raise explain(error, "write", self.url_of(path)) from error
 
@@ -310,7 +350,7 @@ class Store:
             if self._local is not None:
                 self._file(path).unlink(missing_ok=True)
             else:
-                self._fs.rm_file(self._key(path))
+                retrying(lambda: self._fs.rm_file(self._key(path)))
         except FileNotFoundError:
             pass
         except Exception as error:
@@ -323,8 +363,7 @@ class Store:
                 _check_inside(prefix)
                 yield from self._list_local(self._local, prefix.rstrip("/"))
                 return
-            self._fs.invalidate_cache()
-            found = self._fs.find(self._key(prefix), detail=True)
+            found = retrying(lambda: self._find(prefix))
         except FileNotFoundError:
             return
         except Exception as error:
@@ -332,6 +371,11 @@ class Store:
         start = len(self._root) + 1
         for name, info in found.items():
             yield name[start:], int(info["size"])
+
+    def _find(self, prefix: str) -> dict[str, Any]:
+        self._fs.invalidate_cache()
+        found: dict[str, Any] = self._fs.find(self._key(prefix), detail=True)
+        return found
 
     def _list_local(self, root: Path, prefix: str) -> Iterator[tuple[str, int]]:
         try:

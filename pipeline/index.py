@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from manifests.bank import BankRecord
 from manifests.dataset import DatasetRecord, FaultRecord, ShardRecord
-from manifests.errors import ManifestError
+from manifests.errors import BankError, ManifestError
 from manifests.loading import load_json, resolve_path
-from manifests.storage import Stat, read_url
-from pipeline.bank.dataset_index import IndexedShard, read_rows
+from manifests.storage import Stat, Store, read_url, stat_url
+from pipeline.bank.dataset_index import (
+    IndexedShard,
+    part_path,
+    read_rows,
+    write_part,
+)
 from pipeline.samples.shards import index_shard
 
 _THREADS = 8
@@ -64,9 +70,8 @@ def load_index(url: str) -> list[IndexedShard]:
         BankError: its Parquet is damaged.
     """
     record = load_json(DatasetRecord, read_url(url), url)
-    parquet = url.removesuffix(".json") + ".parquet"
-    hint = "run `teachonce index` again"
-    rows = dict(read_rows(read_url(parquet), parquet, hint))
+    table = url.removesuffix(".json") + ".parquet"
+    rows = dict(read_rows(read_url(table), table))
     shards = []
     for shard in record.shards:
         found = rows.get(shard.name, ())
@@ -80,3 +85,28 @@ def load_index(url: str) -> list[IndexedShard]:
         moved = shard.model_copy(update={"url": resolve_path(shard.url, base)})
         shards.append(IndexedShard(moved, found))
     return shards
+
+
+def restore_part(store: Store, record: BankRecord, part: str) -> None:
+    """Makes a part of a bank's dataset again from its shards.
+
+    Only for the holder of the bank's lock.
+
+    Raises:
+        BankError: a shard is not what it was; nothing was written.
+        StorageError: a shard cannot be read.
+    """
+    entries = [shard for shard in record.shards if shard.part == part]
+    found = index_shards([(one.name, one.url, stat_url(one.url)) for one in entries])
+    restored = []
+    for entry, indexed in zip(entries, found, strict=True):
+        now = indexed.record
+        if (now.samples, now.headers_sha256) != (entry.samples, entry.headers_sha256):
+            raise BankError(
+                f"{store.url_of(part_path(part))} is damaged and can only be made "
+                f"again from its shards, but {entry.url} is not what it was; restore "
+                "one of the two from a copy"
+            )
+        place = {"tag": entry.tag, "modified": entry.modified}
+        restored.append(IndexedShard(now.model_copy(update=place), indexed.rows))
+    write_part(store, part, restored)

@@ -14,7 +14,7 @@ from pipeline.bank.holdings import read_holdings
 from pipeline.bank.lock import read_lock
 from pipeline.bank.places import FEATURES
 from pipeline.bank.statistics import dead_channels
-from pipeline.bank.whole_arrays import read_whole
+from pipeline.bank.whole_arrays import read_whole_array
 from pipeline.runs import list_runs
 
 
@@ -23,7 +23,7 @@ def _variance(store: Store, record: BankRecord, path: str) -> np.ndarray | None:
     level, _, name = path.rpartition("/")
     features = Store(store.url_of(FEATURES))
     try:
-        return read_whole(features, record, f"{level}/stats/{name}_variance")
+        return read_whole_array(features, record, f"{level}/stats/{name}_variance")
     except BankError:
         # What is missing is told beside it; `verify` speaks of damage.
         return None

@@ -22,7 +22,7 @@ from manifests.storage import Store
 from pipeline import group_teachers, resolve, sizing, stored_inputs
 from pipeline.bank.arrays import ArraySpec
 from pipeline.bank.commits import list_commits
-from pipeline.bank.dataset_index import read_rows
+from pipeline.bank.dataset_index import read_part
 from pipeline.bank.record import read_record
 from pipeline.group_teachers import Described, GroupTeacher
 from pipeline.inputs import ProbedShard, resolve_input, view_policy
@@ -294,8 +294,7 @@ def _probed(
         shard.part for shard in (record.shards if record else ())
     ):
         assert record is not None
-        path = f"dataset/{part}.parquet"
-        rows = dict(read_rows(store.read(path), store.url_of(path)))
+        rows = dict(read_part(store, part))
         for shard in record.shards:
             if shard.part == part and not shard.retired and shard.name in rows:
                 url = shard.url

@@ -26,7 +26,7 @@ from pipeline.bank.classifiers import (
     write_classifier,
 )
 from pipeline.bank.commits import commit_path, list_commits
-from pipeline.bank.dataset_index import read_rows, write_index
+from pipeline.bank.dataset_index import part_path, read_part, write_part
 from pipeline.bank.layout import write_metadata
 from pipeline.bank.lock import bank_lock, break_lock, clear_dead_lock
 from pipeline.bank.record import open_record, read_record, write_record
@@ -35,6 +35,7 @@ from pipeline.beam_options import check_options, complete_options, run_here
 from pipeline.cost import Terms
 from pipeline.errors import PipelineError, RunStopped
 from pipeline.estimate import Estimate, check_limits, estimate
+from pipeline.index import restore_part
 from pipeline.plan import Plan, make_plan
 from pipeline.runs import new_run_id, read_run, start_run
 from pipeline.samples.shards import ShardRow
@@ -99,7 +100,7 @@ def _merge(store: Store, plan: Plan) -> bool:
         return False
     changes = plan.changes
     if changes.new:
-        write_index(store, f"dataset/{plan.part}", changes.new)
+        write_part(store, plan.part, changes.new)
     write_metadata(store, plan.record)
     write_classifiers(store, plan.record)
     write_record(store, _unfinished(plan))
@@ -139,7 +140,7 @@ def _unfinished(plan: Plan) -> BankRecord:
     if plan.changes.new or plan.changes.retired:
         growing |= {entry.id for entry in record.passes}
     held = tuple(n for n in record.state.complete_passes if n not in growing)
-    update = {"complete": False, "complete_passes": held}
+    update = {"complete": False, "complete_passes": held, "files": None}
     return record.model_copy(update={"state": record.state.model_copy(update=update)})
 
 
@@ -226,12 +227,11 @@ def rows_lookup(store: Store, plan: Plan) -> Callable[[ShardEntry], Sequence[Sha
             return fresh[shard.name]
         if shard.part not in parts:
             parts.clear()
-            path = f"dataset/{shard.part}.parquet"
-            parts[shard.part] = dict(read_rows(store.read(path), store.url_of(path)))
+            parts[shard.part] = dict(read_part(store, shard.part))
         found = parts[shard.part].get(shard.name, ())
         if len(found) != shard.samples:
             raise BankError(
-                f"{store.url_of(f'dataset/{shard.part}.parquet')} must hold the "
+                f"{store.url_of(part_path(shard.part))} must hold the "
                 f"{shard.samples} rows of {shard.name}, got {len(found)}; restore it "
                 "from a copy"
             )
@@ -242,7 +242,8 @@ def rows_lookup(store: Store, plan: Plan) -> Callable[[ShardEntry], Sequence[Sha
 
 def repair(store: Store, full: bool = True) -> list[tuple[str, int]]:
     """Gives up every damaged block: its commit first, then its objects. Writes metadata
-    again; row arrays and the index are made anew by the finalise that follows.
+    and the dataset's index again; row arrays, the bank's index and the rest are made
+    anew by the finalise that follows.
 
     Returns:
         (pass, block) of what the next run will compute again.
@@ -252,8 +253,15 @@ def repair(store: Store, full: bool = True) -> list[tuple[str, int]]:
         report = verify(store, record, full=full)
         for pass_id, block in report.damaged_blocks:
             store.delete(commit_path(pass_id, block))
-        for path in report.damaged_objects + report.orphans + report.damaged_metadata:
+        for path in (
+            *report.damaged_objects,
+            *report.orphans,
+            *report.damaged_metadata,
+            *report.damaged_runs,
+        ):
             store.delete(path)
+        for part in report.damaged_parts:
+            restore_part(store, record, part)
         write_metadata(store, record)
         write_classifiers(store, record)
         store.clear_temporary(0.0)

@@ -9,9 +9,12 @@ import platform
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from manifests.bank import WorkItem
+from manifests.errors import ManifestError
+from manifests.own_checksum import parse_checked, with_own_checksum
 from manifests.storage import Store
 from pipeline.bank.lock import died_here, make_owner
 
@@ -55,13 +58,18 @@ def start_run(
 
 def write_run(store: Store, run_id: str, record: Mapping[str, Any]) -> None:
     """Replaces a run's record."""
-    store.replace(run_path(run_id), json.dumps(record, indent=1).encode() + b"\n")
+    text = json.dumps(record, indent=1).encode()
+    store.replace(run_path(run_id), with_own_checksum(text))
 
 
 def read_run(store: Store, run_id: str) -> dict[str, Any]:
-    """Returns a run's record."""
-    record: dict[str, Any] = json.loads(store.read(run_path(run_id)))
-    return record
+    """Returns a run's record.
+
+    Raises:
+        ManifestError: it is damaged.
+    """
+    path = run_path(run_id)
+    return parse_checked(store.read(path), store.url_of(path))
 
 
 def end_run(store: Store, run_id: str, result: Mapping[str, Any]) -> None:
@@ -80,20 +88,14 @@ def end_run(store: Store, run_id: str, result: Mapping[str, Any]) -> None:
 def list_runs(store: Store) -> list[dict[str, Any]]:
     """Returns the records of all runs, oldest first; of a damaged one, its name."""
     paths = sorted(path for path, _ in store.list("runs") if path.endswith(".json"))
-    found = []
-    for path in paths:
-        try:
-            record = json.loads(store.read(path))
-        except (ValueError, RecursionError):
-            record = None
-        name = path.rpartition("/")[2].removesuffix(".json")
-        found.append({**(record if _is_run(record) else {}), "run": name})
-    return found
+    return [{**_read(store, path), "run": PurePosixPath(path).stem} for path in paths]
 
 
-def _is_run(record: Any) -> bool:
-    return (
-        isinstance(record, dict)
-        and isinstance(record.get("owner", {}), dict)
-        and isinstance(record.get("result") or {}, dict)
-    )
+def _read(store: Store, path: str) -> dict[str, Any]:
+    """Returns the record of a run, empty where it is damaged or none."""
+    try:
+        record = parse_checked(store.read(path), store.url_of(path))
+    except ManifestError:
+        return {}
+    told = record.get("owner", {}), record.get("result") or {}
+    return record if all(isinstance(one, dict) for one in told) else {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -185,6 +186,11 @@ def run_cli(
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env},
         check=False,
     )
+
+
+def without_checksum(text: str) -> str:
+    """A document's text without its own crc32c, so that it may be edited."""
+    return re.sub(r',\s*"crc32c":\s*"[0-9a-f]{8}"(?=\s*}\s*$)', "", text)
 
 
 def bank_identity(bank: Path) -> dict[str, bytes | str]:

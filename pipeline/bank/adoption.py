@@ -40,7 +40,7 @@ def adopt_object(
     Raises:
         BankError: it is damaged, or other rows are missing in it.
     """
-    data = store.read(path)
+    data = store.read(path, computed[0])
     stored = (len(data), object_crc32c([data]))
     if stored != computed:
         try:

@@ -69,7 +69,7 @@ class SourceBlock:
             DamagedBlock: they are not.
         """
         size, crc = content.objects[path]
-        data = self.store.read_or_none(path)
+        data = self.store.read_or_none(path, size)
         if data is None:
             raise self.damaged(path, "is missing")
         if len(data) != size:
@@ -159,4 +159,4 @@ def copy_block(
 def _is_held(
     store: Store, path: str, size: int, crc: int, held: Mapping[str, int]
 ) -> bool:
-    return held.get(path) == size and has_crc32c([store.read(path)], crc)
+    return held.get(path) == size and has_crc32c([store.read(path, size)], crc)

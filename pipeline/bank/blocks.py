@@ -91,7 +91,9 @@ def read_block(
     try:
         if array.store.local_root is not None:
             return _read_local(array, block, view, size_bytes, out)
-        data = array.store.read_or_none(object_name(array.spec, block, view))
+        data = array.store.read_or_none(
+            object_name(array.spec, block, view), size_bytes
+        )
         _check_size(None if data is None else len(data), size_bytes)
         assert data is not None
         return decode_object(data, array.spec, out)

@@ -13,8 +13,9 @@ import pyarrow.compute as pc
 from manifests.bank import Commit, CommitContent
 from manifests.errors import BankError
 from manifests.loading import load_json
+from manifests.own_checksum import with_own_checksum
 from manifests.storage import Store
-from pipeline.bank.row_index import decode_table, encode_table
+from pipeline.bank.row_index import decode_table, encode_checked_table
 
 BLOCKS_PATH = "blocks.parquet"
 _READERS = 16
@@ -39,9 +40,9 @@ def commit_path(pass_id: str, block: int) -> str:
 
 
 def encode_commit(commit: Commit) -> bytes:
-    """Returns the bytes of a commit."""
+    """Returns the bytes of a commit, which end in their own crc32c."""
     text = json.dumps(commit.model_dump(mode="json"), separators=(",", ":"))
-    return text.encode()
+    return with_own_checksum(text.encode())
 
 
 def write_commit(store: Store, commit: Commit) -> bool:
@@ -113,7 +114,7 @@ def encode_blocks(contents: Iterable[CommitContent]) -> bytes:
         columns["objects"].append(paths)
         columns["size_bytes"].append([content.objects[path][0] for path in paths])
         columns["crc32c"].append([content.objects[path][1] for path in paths])
-    return encode_table(pa.table(columns, schema=_SCHEMA))
+    return encode_checked_table(pa.table(columns, schema=_SCHEMA))
 
 
 def read_blocks(store: Store) -> pa.Table:

@@ -22,10 +22,20 @@ from manifests.bank import ShardEntry
 from manifests.dataset import DatasetRecord, ShardRecord
 from manifests.errors import BankError
 from manifests.loading import load_json
+from manifests.own_checksum import with_own_checksum
 from manifests.storage import Store
-from pipeline.bank.row_index import TABLE_FAULTS, check_table
+from pipeline.bank.row_index import (
+    TABLE_FAULTS,
+    check_table,
+    describe_checksum,
+    open_checked,
+    with_table_checksum,
+)
 from pipeline.samples.shards import ShardRow
 
+_HINT = (
+    "run the same `teachonce precompute` with --repair, it is made anew from the shards"
+)
 _ROW_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -49,7 +59,10 @@ class IndexedShard:
 def encode_rows(shards: Sequence[IndexedShard]) -> bytes:
     """Returns the Parquet of rows, one row group per shard."""
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, _ROW_SCHEMA, compression="zstd") as writer:
+    schema = describe_checksum(_ROW_SCHEMA)
+    with pq.ParquetWriter(
+        sink, schema, compression="zstd", write_page_checksum=True
+    ) as writer:
         for shard in shards:
             count = len(shard.rows)
             table = pa.table(
@@ -61,22 +74,57 @@ def encode_rows(shards: Sequence[IndexedShard]) -> bytes:
                     "size": [row.size for row in shard.rows],
                     "refused": [row.refused for row in shard.rows],
                 },
-                schema=_ROW_SCHEMA,
+                schema=schema,
             )
             writer.write_table(table, row_group_size=max(count, 1))
-    return sink.getvalue()
+    return with_table_checksum(sink.getvalue())
 
 
 def write_index(store: Store, stem: str, shards: Sequence[IndexedShard]) -> None:
-    """Writes ``<stem>.parquet`` and then ``<stem>.json``."""
+    """Writes ``<stem>.parquet`` and then ``<stem>.json``, which people may edit."""
     store.replace(f"{stem}.parquet", encode_rows(shards))
+    store.replace(f"{stem}.json", _encode_shards(shards) + b"\n")
+
+
+def write_part(store: Store, part: str, shards: Sequence[IndexedShard]) -> None:
+    """Writes a part of a bank's dataset: its rows, then the record of its shards.
+
+    Only for the holder of the bank's lock.
+    """
+    store.replace(part_path(part), encode_rows(shards))
+    store.replace(part_record_path(part), with_own_checksum(_encode_shards(shards)))
+
+
+def _encode_shards(shards: Sequence[IndexedShard]) -> bytes:
     record = DatasetRecord(shards=tuple(shard.record for shard in shards))
-    text = json.dumps(record.model_dump(mode="json"), indent=1)
-    store.replace(f"{stem}.json", text.encode() + b"\n")
+    return json.dumps(record.model_dump(mode="json"), indent=1).encode()
+
+
+def part_path(part: str) -> str:
+    """Returns where the rows of a part of the dataset lie in the bank."""
+    return f"dataset/{part}.parquet"
+
+
+def part_record_path(part: str) -> str:
+    """Returns where the record of the shards of a part lies in the bank."""
+    return f"dataset/{part}.json"
+
+
+def read_part(store: Store, part: str) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
+    """Yields (shard name, rows) for every shard of one part of a bank's dataset.
+
+    Raises:
+        BankError: it is missing or damaged.
+    """
+    path = part_path(part)
+    data = store.read_or_none(path)
+    if data is None:
+        raise BankError(f"{store.url_of(path)} is missing; {_HINT}")
+    yield from read_rows(data, store.url_of(path), _HINT)
 
 
 def read_rows(
-    data: bytes, where: str, hint: str = "restore it from a copy"
+    data: bytes, where: str, hint: str = "run `teachonce index` again"
 ) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
     """Yields (shard name, rows) for every shard of an index's Parquet, in order.
 
@@ -111,10 +159,10 @@ def read_rows(
 def _row_groups(data: bytes, where: str, hint: str) -> Iterator[dict[str, list[Any]]]:
     """Yields the columns of an index's row groups, checked."""
     try:
-        file = pq.ParquetFile(io.BytesIO(data))
+        file = open_checked(data, where, hint)
         check_table(file.schema_arrow, _ROW_SCHEMA)
         for group in range(file.num_row_groups):
-            table = file.read_row_group(group)
+            table = file.read_row_group(group, use_threads=False)
             table.validate(full=True)
             check_spans(table)
             yield table.to_pydict()
@@ -158,12 +206,12 @@ def copy_part(
     Raises:
         BankError: the part does not agree with the shards.
     """
-    data = source.read(f"dataset/{stem}.parquet")
-    path = f"dataset/{stem}.json"
+    data = source.read(part_path(stem))
+    path = part_record_path(stem)
     text = source.read(path)
     record = load_json(DatasetRecord, text, source.url_of(path))
-    target = f"dataset/{shards[0][1].part}"
-    rows = dict(read_rows(data, source.url_of(f"dataset/{stem}.parquet")))
+    target = shards[0][1].part
+    rows = dict(read_rows(data, source.url_of(part_path(stem)), _HINT))
     records = {one.name: one for one in record.shards}
     for shard, _ in shards:
         if shard.name not in records or len(rows.get(shard.name, ())) != shard.samples:
@@ -173,8 +221,8 @@ def copy_part(
                 "them from a copy"
             )
     if chosen is None and len(shards) == len(record.shards):
-        destination.replace(f"{target}.parquet", data)
-        destination.replace(f"{target}.json", text)
+        destination.replace(part_path(target), data)
+        destination.replace(part_record_path(target), text)
         return
     kept = []
     for shard, _ in shards:
@@ -184,4 +232,4 @@ def copy_part(
             changes = {"samples": len(held), "damage": None, "faults": ()}
             found = found.model_copy(update=changes)
         kept.append(IndexedShard(found, held))
-    write_index(destination, target, kept)
+    write_part(destination, target, kept)

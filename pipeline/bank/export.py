@@ -348,7 +348,7 @@ def _grown(held: BankRecord | None, planned: BankRecord) -> BankRecord:
     state = held.state
     if state is not None and not is_same_frame(held, planned):
         passes = () if len(held.shards) < len(planned.shards) else state.complete_passes
-        update = {"complete": False, "complete_passes": passes}
+        update = {"complete": False, "complete_passes": passes, "files": None}
         state = state.model_copy(update=update)
     requests = {**held.requests, **planned.requests}
     return planned.model_copy(update={"requests": requests, "state": state})

@@ -33,16 +33,16 @@ from pipeline.bank.commits import (
     list_commits,
     read_commits,
 )
-from pipeline.bank.dataset_index import read_rows
+from pipeline.bank.dataset_index import read_part
+from pipeline.bank.frame_files import NotingStore, write_files
 from pipeline.bank.objects import has_crc32c
 from pipeline.bank.output_statistics import write_statistics
 from pipeline.bank.places import FEATURES
 from pipeline.bank.record import view_policy_of, write_record
 from pipeline.bank.row_arrays import CHUNK_ROWS, RowArray
-from pipeline.bank.row_index import INDEX_PART_ROWS, encode_table, index_path
+from pipeline.bank.row_index import INDEX_PART_ROWS, encode_checked_table, index_path
 from pipeline.bank.rows import decode_rows, object_path
 from pipeline.samples.photometric import Photometric
-from pipeline.samples.shards import ShardRow
 from pipeline.samples.views import ViewPolicy, draw_view
 
 _PREFETCH = 32
@@ -75,11 +75,6 @@ class BlockFacts:
         return found
 
 
-def _read_part(store: Store, part: str) -> Iterator[tuple[str, tuple[ShardRow, ...]]]:
-    path = f"dataset/{part}.parquet"
-    return read_rows(store.read(path), store.url_of(path))
-
-
 def _iter_blocks(
     store: Store, record: BankRecord, committed: Mapping[str, set[int]]
 ) -> Iterator[BlockFacts]:
@@ -88,7 +83,7 @@ def _iter_blocks(
     keys_of = (
         (name, [row.key for row in rows])
         for part in parts
-        for name, rows in _read_part(store, part)
+        for name, rows in read_part(store, part)
     )
     streams = {
         entry.id: read_commits(store, entry.id, sorted(committed[entry.id]))
@@ -305,7 +300,7 @@ class _IndexWriter:
         """Writes the part that is being filled."""
         tables, self._tables = self._tables, []
         table = pa.concat_tables(tables) if tables else self._schema.empty_table()
-        self._store.replace(index_path(self._part), encode_table(table))
+        self._store.replace(index_path(self._part), encode_checked_table(table))
 
 
 def finalise(
@@ -325,6 +320,7 @@ def finalise(
     Raises:
         BankError: a commit or a row-fact object is damaged.
     """
+    store = NotingStore(store.url)
     committed = {entry.id: list_commits(store, entry.id) for entry in record.passes}
     store.replace(
         BLOCKS_PATH,
@@ -378,6 +374,8 @@ def finalise(
     )
     finished = record.model_copy(update={"state": state})
     make_statistics(store, finished, committed)
+    told = state.model_copy(update={"files": write_files(store, record)})
+    finished = record.model_copy(update={"state": told})
     write_card(store, finished)
     write_record(store, finished)
     return finished

@@ -15,8 +15,8 @@ from pipeline.bank import layout
 from pipeline.bank.classifiers import classifier_arrays
 from pipeline.bank.dataset_index import copy_part
 from pipeline.bank.places import FEATURES
+from pipeline.bank.row_arrays import has_own_crc
 from pipeline.bank.selection import BankPart
-from pipeline.bank.verify_frame import has_own_crc
 
 # Of outputs that have any: the covariance may be left out, the others never.
 _ALWAYS = ("mean", "variance", "mean_direction", "dispersion", "count")

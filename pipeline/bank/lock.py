@@ -136,6 +136,9 @@ def bank_lock(store: Store, purpose: str, wait_s: float = 60.0) -> Iterator[None
         if clear_dead_lock(store):
             continue
         holder = read_lock(store)
+        if holder is not None and holder.get("id") == owner["id"]:
+            # A store's client tried again what it had done, and found it done.
+            break
         if time.monotonic() > deadline:
             if holder is None:
                 continue

@@ -28,7 +28,7 @@ from pipeline.bank.record import open_record
 from pipeline.bank.row_index import num_index_parts, read_index_part
 from pipeline.bank.sample_table import SampleTable
 from pipeline.bank.stored_jpeg import jpeg_of
-from pipeline.bank.whole_arrays import read_whole
+from pipeline.bank.whole_arrays import read_whole_array
 
 
 def open_bank(url: str) -> Bank:
@@ -214,7 +214,7 @@ class Bank:
         Raises:
             BankError: the bank has none of that path, or it is damaged.
         """
-        return read_whole(self._features, self.record, path)
+        return read_whole_array(self._features, self.record, path)
 
     def keys(self) -> npt.NDArray[Any]:
         """Returns the key of every row, (num_rows,); '' where a row is padding."""

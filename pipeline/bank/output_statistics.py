@@ -8,12 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
-import zarr
-from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import MemoryStore
 
 from manifests.bank import BankRecord, OutputEntry, PassEntry
 from manifests.storage import Store
@@ -23,11 +19,10 @@ from pipeline.bank.commits import read_commits
 from pipeline.bank.encodings import encoding_from_json
 from pipeline.bank.objects import decode_object
 from pipeline.bank.places import FEATURES
+from pipeline.bank.statistic_arrays import statistic_objects, statistics_of
 
-MAX_COVARIANCE_CHANNELS = 4096
 # A small sample is kept for its second look; a large one is read again.
 KEPT_BYTES = 64 * 2**20
-_NO_COVARIANCE = frozenset({"logits"})
 
 
 class OutputSample:
@@ -103,11 +98,6 @@ def _cells(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return cells[~is_missing] if is_missing.any() else cells
 
 
-def has_statistics(output: OutputEntry) -> bool:
-    """Returns whether an output decodes to vectors of which statistics are made."""
-    return output.encoding["encoding"] not in ("topk", "index", "jpeg")
-
-
 def compute(
     sample: Iterable[np.ndarray], channels: int, covariance: bool
 ) -> dict[str, np.ndarray]:
@@ -148,7 +138,7 @@ def write_statistics(
     live = set(record.live_blocks)
     masks: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for path, entry, output in layout.outputs(record):
-        if not has_statistics(output):
+        if not statistics_of(output):
             continue
         if entry.id not in masks:
             masks[entry.id] = _valid_rows(store, record, entry, committed, live)
@@ -168,13 +158,12 @@ def write_statistics_of(
         output: its entry.
         sample: (n, channels) float32 each; gone through twice.
     """
-    channels = output.shape[-1]
-    covariance = (
-        output.name not in _NO_COVARIANCE and channels <= MAX_COVARIANCE_CHANNELS
-    )
     level, _, name = path.rpartition("/")
-    for what, values in compute(sample, channels, covariance).items():
-        _write(store, f"{FEATURES}/{level}/stats/{name}_{what}", name, values)
+    covariance = "covariance" in statistics_of(output)
+    found = compute(sample, output.shape[-1], covariance)
+    for what, values in found.items():
+        for key, data in statistic_objects(name, values).items():
+            store.replace(f"{FEATURES}/{level}/stats/{name}_{what}/{key}", data)
 
 
 def _valid_rows(
@@ -191,24 +180,3 @@ def _valid_rows(
         for rows in content.invalid.values():
             valid[number, list(rows)] = False
     return np.asarray(blocks, np.int64), valid
-
-
-def _write(store: Store, path: str, output: str, values: np.ndarray) -> None:
-    names = [f"{output}_channel", f"{output}_channel_2"][: values.ndim]
-    written: dict[str, Any] = {}
-    array = zarr.create_array(
-        MemoryStore(written),
-        shape=values.shape,
-        chunks=values.shape,
-        dtype=values.dtype,
-        fill_value="NaN" if values.dtype.kind == "f" else 0,
-        filters=(),
-        compressors=(ZstdCodec(level=1), Crc32cCodec()),
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=names,
-        config={"write_empty_chunks": True},
-        zarr_format=3,
-    )
-    array[...] = values
-    for key, data in sorted(written.items()):
-        store.replace(f"{path}/{key}", data.to_bytes())

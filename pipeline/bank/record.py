@@ -7,6 +7,7 @@ import json
 from manifests.bank import BANK_SCHEMA, BankRecord
 from manifests.errors import BankError
 from manifests.loading import load_json
+from manifests.own_checksum import with_own_checksum
 from manifests.storage import Store
 from pipeline.bank.places import FEATURES as FEATURES
 from pipeline.bank.record_check import check_record
@@ -54,7 +55,7 @@ def parse_record(store: Store, text: bytes, path: str = RECORD_PATH) -> BankReco
     if type(version) is not int or not 1 <= version <= BANK_SCHEMA:
         raise BankError(
             f"bank {store.url} has schema version {version}, this TeachOnce reads up "
-            f"to {BANK_SCHEMA}; install a newer one"
+            f"to {BANK_SCHEMA} ({path}); install a newer one"
         )
     record = load_json(BankRecord, text, store.url_of(path))
     check_record(record, store.url_of(path))
@@ -74,9 +75,9 @@ def open_record(url: str) -> tuple[Store, BankRecord]:
 
 
 def encode_record(record: BankRecord) -> bytes:
-    """Returns the bytes of ``bank.json``; equal for equal records."""
+    """Returns the bytes of ``bank.json``, with its own crc32c; equal for equal ones."""
     text = json.dumps(record.model_dump(mode="json", by_alias=True), indent=1)
-    return text.encode() + b"\n"
+    return with_own_checksum(text.encode())
 
 
 def write_record(store: Store, record: BankRecord, path: str = RECORD_PATH) -> None:

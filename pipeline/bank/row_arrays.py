@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from crc32c import crc32c
 
 if TYPE_CHECKING:
     import zarr
     from zarr.storage import MemoryStore
 
 CHUNK_ROWS = 65_536
+_CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,11 @@ class RowArray:
             name = ".".join(["c", str(chunk), *rest])
             found[f"{self.path}/{name}"] = data.to_bytes()
         return found
+
+
+def has_own_crc(data: bytes) -> bool:
+    """Whether the last four bytes are the crc32c of the others, as the codec has it."""
+    if len(data) < _CRC_BYTES:
+        return False
+    told = int.from_bytes(data[-_CRC_BYTES:], "little")
+    return bool(crc32c(data[:-_CRC_BYTES]) == told)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from manifests.bank import ShardEntry
 from manifests.errors import BankError
 from manifests.storage import Store
 from pipeline.bank.dataset_index import check_spans
-from pipeline.bank.row_index import TABLE_FAULTS, check_table
+from pipeline.bank.row_index import decode_table
 from pipeline.samples.tar import padded
 
 _COLUMNS = pa.schema(
@@ -84,16 +82,12 @@ class SampleTable:
         data = self._store.read_or_none(f"dataset/{part}.parquet")
         if data is None:
             raise BankError(f"{self._url(part)} is missing; restore it from a copy")
+        where, hint = self._url(part), "restore it from a copy"
+        table = decode_table(data, where, hint, _COLUMNS, _COLUMNS.names)
         try:
-            table = pq.read_table(io.BytesIO(data), columns=_COLUMNS.names)
-            check_table(table.schema, _COLUMNS)
-            table.validate(full=True)
             check_spans(table)
-        except TABLE_FAULTS as error:
-            raise BankError(
-                f"{self._url(part)} is damaged ({str(error)[:300]}); restore it from a "
-                "copy"
-            ) from error
+        except ValueError as error:
+            raise BankError(f"{where} is damaged ({error}); {hint}") from error
         offset, size = (table[name].to_numpy() for name in ("offset", "size"))
         starts = np.flatnonzero(table["row"].to_numpy() == 0).tolist()
         if starts[:1] != [0][: table.num_rows]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,17 @@ from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import ArraySpec, object_name
 from pipeline.bank.commits import commit_path, list_commits, read_blocks, read_commits
+from pipeline.bank.frame_files import damaged_files
 from pipeline.bank.objects import decode_object, has_crc32c
 from pipeline.bank.places import FEATURES
 from pipeline.bank.rows import decode_rows
 from pipeline.bank.verify_frame import (
+    damaged_card,
     damaged_classifiers,
     damaged_metadata,
+    damaged_parts,
     damaged_rows,
+    damaged_runs,
 )
 
 _THREADS = 4
@@ -46,6 +51,8 @@ class VerifyReport:
         missing_blocks: number of blocks per pass that have no commit.
         orphans: objects that no commit names, left by a run that was ended.
         damaged_metadata: paths of ``zarr.json`` to write again.
+        damaged_parts: parts of the dataset's index to make again from the shards.
+        damaged_runs: records of runs that cannot be read; nothing needs them.
     """
 
     blocks: int = 0
@@ -57,6 +64,8 @@ class VerifyReport:
     missing_blocks: dict[str, int] = field(default_factory=dict)
     orphans: list[str] = field(default_factory=list)
     damaged_metadata: list[str] = field(default_factory=list)
+    damaged_parts: list[str] = field(default_factory=list)
+    damaged_runs: list[str] = field(default_factory=list)
 
     @property
     def is_sound(self) -> bool:
@@ -134,9 +143,19 @@ def verify(store: Store, record: BankRecord, full: bool = False) -> VerifyReport
     ):
         report.problems.append(f"{path} {why}")
         report.damaged_metadata.append(path)
+    found = dict(damaged_parts(store, record, full))
+    report.damaged_parts = sorted({PurePosixPath(path).stem for path in found})
     if record.state is not None and not any(report.missing_blocks.values()):
-        for path, why in damaged_rows(store, record, full):
-            report.problems.append(f"{path} {why}")
+        found |= dict(damaged_rows(store, record, full))
+    for path, why in damaged_files(store, record, full):
+        if path not in report.damaged_metadata:
+            found.setdefault(path, why)
+            if path.endswith("zarr.json"):
+                report.damaged_metadata.append(path)
+    found |= dict(damaged_card(store, record))
+    runs = dict(damaged_runs(store)) if full else {}
+    report.damaged_runs = list(runs)
+    report.problems += [f"{path} {why}" for path, why in (found | runs).items()]
     return report
 
 
@@ -183,11 +202,11 @@ def _check_contents(
 
     def check(content: CommitContent) -> list[tuple[CommitContent, str, str]]:
         found = []
-        for path, (_, crc) in sorted(content.objects.items()):
+        for path, (size, crc) in sorted(content.objects.items()):
             if path in bad:
                 continue
             try:
-                data = store.read(path)
+                data = store.read(path, size)
                 if not has_crc32c([data], crc):
                     why = "has another crc32c than its commit says"
                     found.append((content, path, why))

@@ -10,18 +10,21 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from crc32c import crc32c
-
-from manifests.bank import BankRecord
-from manifests.errors import BankError
+from manifests.bank import BankRecord, ShardEntry
+from manifests.dataset import DatasetRecord
+from manifests.errors import BankError, ManifestError, TeachOnceError
+from manifests.loading import load_json
+from manifests.own_checksum import parse_checked
 from manifests.storage import Store
 from pipeline.bank import layout
 from pipeline.bank.arrays import metadata
+from pipeline.bank.card import CARD_PATH
 from pipeline.bank.classifiers import classifier_arrays
+from pipeline.bank.croissant import CROISSANT_PATH
+from pipeline.bank.dataset_index import part_path, part_record_path, read_part
 from pipeline.bank.places import FEATURES
+from pipeline.bank.row_arrays import has_own_crc
 from pipeline.bank.row_index import index_path, num_index_parts, read_index_part
-
-_CRC_BYTES = 4
 
 
 def damaged_metadata(store: Store, record: BankRecord) -> Iterator[tuple[str, str]]:
@@ -98,8 +101,8 @@ def damaged_rows(
         for path in array.object_paths(record.num_rows, record.num_views)
     }
     for path in sorted(expected):
-        if store.size(path) is None:
-            yield path, "is missing"
+        if not store.size(path):
+            yield path, "is missing or empty"
         elif full and not has_own_crc(store.read(path)):
             yield path, "does not match its own crc32c"
     if full:
@@ -132,9 +135,62 @@ def _damaged_index(
         yield "index", f"has {num_lines} lines, the bank has {samples} samples"
 
 
-def has_own_crc(data: bytes) -> bool:
-    """Whether the last four bytes are the crc32c of the others, as the codec has it."""
-    if len(data) < _CRC_BYTES:
-        return False
-    told = int.from_bytes(data[-_CRC_BYTES:], "little")
-    return bool(crc32c(data[:-_CRC_BYTES]) == told)
+def damaged_parts(
+    store: Store, record: BankRecord, full: bool
+) -> Iterator[tuple[str, str]]:
+    """Yields (path, what is wrong) of the dataset's index, which shards make anew.
+
+    Args:
+        store: the bank's.
+        record: its record.
+        full: read them and compare them with the record.
+    """
+    shards: dict[str, list[ShardEntry]] = {}
+    for shard in record.shards:
+        shards.setdefault(shard.part, []).append(shard)
+    for part, entries in shards.items():
+        samples = {shard.name: shard.samples for shard in entries if shard.samples}
+        for path in (part_path(part), part_record_path(part)):
+            if not store.size(path):
+                yield path, "is missing or empty"
+                continue
+            if not full:
+                continue
+            try:
+                if path == part_path(part):
+                    rows = read_part(store, part)
+                    found = {name: len(one) for name, one in rows}
+                else:
+                    document = load_json(DatasetRecord, store.read(path), path)
+                    held = {shard.name: shard.samples for shard in document.shards}
+                    found = {name: held[name] for name in samples if name in held}
+            except TeachOnceError as error:
+                yield path, f"cannot be read: {error}"
+                continue
+            if found != samples:
+                yield path, "does not agree with bank.json about its shards' samples"
+
+
+def damaged_runs(store: Store) -> Iterator[tuple[str, str]]:
+    """Yields (path, what is wrong) of records of runs, which the bank does not need."""
+    for path, _ in store.list("runs"):
+        if path.endswith(".json"):
+            try:
+                parse_checked(store.read(path), path)
+            except ManifestError:
+                yield path, "is damaged; nothing needs it, --repair removes it"
+
+
+def damaged_card(store: Store, record: BankRecord) -> Iterator[tuple[str, str]]:
+    """Yields (path, what is wrong) of the card, whose words nobody can vouch for.
+
+    Early banks have none, or not all of it.
+    """
+    if record.state is None or record.state.files is None:
+        return
+    if not store.size(CARD_PATH):
+        yield CARD_PATH, "is missing or empty"
+    try:
+        json.loads(store.read_or_none(CROISSANT_PATH) or b"")
+    except ValueError:
+        yield CROISSANT_PATH, "is missing or no JSON"

@@ -1,16 +1,16 @@
-"""Whole arrays of ``features.zarr`` other than features: keys, validity, labels, ...
+"""Reading a whole array of ``features.zarr``: keys, views, labels, statistics.
 
-Read by zarr-python, which takes an absent object for fill values and the word of a
-``zarr.json`` for how much memory to take: both are checked against the bank's record
-first. It is imported when one is read: opening a bank needs none of its 0.2 seconds.
+zarr-python decodes; but it takes a missing object, and an empty one of a block, for
+fill values, and one wrong bit in ``zarr.json`` (the separator of chunk names, a shape)
+makes another array. So metadata is compared with what the record makes of it, and every
+object must be there.
 """
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,134 +19,137 @@ from manifests.bank import BankRecord
 from manifests.errors import BankError
 from manifests.storage import Store
 from pipeline.bank import layout
+from pipeline.bank.arrays import metadata
 from pipeline.bank.classifiers import classifier_arrays
+from pipeline.bank.row_arrays import has_own_crc
+from pipeline.bank.statistic_arrays import statistic_metadata, statistics_of
 
-if TYPE_CHECKING:
-    import zarr
-
+_READERS = 16
+_HINT = "run the same `teachonce precompute` with --repair, it is made anew"
 # What zarr-python and its codecs raise at bytes that are not what they should be.
 _FAULTS = (
     ArithmeticError,
     AssertionError,
-    AttributeError,
     LookupError,
-    NotImplementedError,
     OSError,
     RuntimeError,
     TypeError,
     ValueError,
 )
-# Axes of channels that each kind of statistics has.
-_STATISTICS = {
-    "mean": 1,
-    "variance": 1,
-    "covariance": 2,
-    "mean_direction": 1,
-    "dispersion": 0,
-    "count": 0,
-}
-_HINT = "run the same `teachonce precompute` with --repair, it is made anew"
 
 
-def read_whole(features: Store, record: BankRecord, path: str) -> npt.NDArray[Any]:
-    """Returns a whole array of ``features.zarr``: ``key``, ``labels/class``, ...
+def read_whole_array(
+    features: Store, record: BankRecord, path: str
+) -> npt.NDArray[Any]:
+    """Returns a whole array of a bank; what lies beyond its record is left out.
 
     Args:
-        features: ``features.zarr``.
-        record: of the bank; says how many rows there are.
-        path: of the array.
+        features: the bank's Zarr root, ``features.zarr``.
+        record: the bank's.
+        path: of the array in it.
 
     Raises:
-        BankError: there is none of that path, or it is damaged or another one than the
-            record says.
+        BankError: there is no array of that path, or it is damaged; the file is named.
     """
     import zarr
+    from zarr.core.buffer import default_buffer_prototype
+    from zarr.storage import MemoryStore
 
-    where = features.url_of(path)
-    wanted = _wanted(record, path)
-    if wanted is None and path in layout.group_paths(record):
-        raise BankError(f"{where} is a group, not an array")
-    if wanted is None or features.size(f"{path}/zarr.json") is None:
-        raise BankError(f"no array {path!r} in {features.url}")
+    make = default_buffer_prototype().buffer.from_bytes
+    # As the record has it: a bank that grows has longer arrays, and a stranger's may
+    # say any length.
+    held = {"zarr.json": make(_checked_metadata(features, record, path))}
+    array = zarr.open_array(MemoryStore(held), mode="r", zarr_format=3)
+    with ThreadPoolExecutor(_READERS) as pool:
+        names = _objects(array)
+        found = pool.map(lambda name: features.read_or_none(f"{path}/{name}"), names)
+        for name, data in zip(names, found, strict=True):
+            # zarr takes a missing object, and an empty one of a block, for fill values.
+            if not data:
+                where = features.url_of(f"{path}/{name}")
+                raise BankError(f"{where} is missing or empty; {_HINT}")
+            held[name] = make(data)
     try:
-        array = zarr.open_array(features.url_of(path), mode="r", zarr_format=3)
+        return np.asarray(array[...])
     except _FAULTS as error:
-        raise _damaged(f"{where}/zarr.json", error) from error
-    _check_shape(array, wanted, where)
-    names = array.metadata.dimension_names or ("",)  # type: ignore[union-attr]
-    # A bank that grows has longer arrays than its record says.
-    num_rows = record.num_rows if names[:1] == ("sample",) else None
-    for name in _object_names(array, path, num_rows):
-        if features.size(name) is None:
-            raise BankError(f"{features.url_of(name)} is missing; {_HINT}")
-    try:
-        return np.asarray(array[...] if num_rows is None else array[:num_rows])
-    except _FAULTS as error:
-        raise _damaged(where, error) from error
+        damaged = [one for one in names if not has_own_crc(held[one].to_bytes())]
+        where = features.url_of(f"{path}/{damaged[0]}" if damaged else path)
+        told = str(error)[:200] or type(error).__name__
+        raise BankError(f"{where} is damaged ({told}); {_HINT}") from error
 
 
-def _damaged(where: str, error: BaseException) -> BankError:
-    told = str(error)[:200] or type(error).__name__
-    return BankError(f"{where} is damaged ({told}); {_HINT}")
+def _checked_metadata(features: Store, record: BankRecord, path: str) -> bytes:
+    """Returns the metadata that a record implies for an array, compared with what is.
 
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What the record says of an array.
-
-    Attributes:
-        lead: least lengths of its first axes: rows, and views where it has them.
-        rest: lengths of the others.
-        kinds: NumPy's kinds of type that it may have.
+    Raises:
+        BankError: it is another one, or there is no such array.
     """
-
-    lead: tuple[int, ...]
-    rest: tuple[int, ...]
-    kinds: str
-
-
-def _check_shape(array: zarr.Array[Any], wanted: _Wanted, where: str) -> None:
-    """Raises BankError where an array is not the one that the record speaks of."""
-    lead = len(wanted.lead)
-    # Rows and views may be more: another run is growing the bank.
-    is_long = all(map(operator.ge, array.shape[:lead], wanted.lead))
-    is_same = len(array.shape) >= lead and array.shape[lead:] == wanted.rest
-    kind = np.dtype(array.dtype).kind
-    if not (is_long and is_same and kind in wanted.kinds):
+    expected = _expected(record, path)
+    if expected is None and path in layout.group_paths(record):
+        raise BankError(f"{features.url_of(path)} is a group, not an array")
+    name = f"{path}/zarr.json"
+    if expected is None:
+        raise BankError(f"no array {path!r} in {features.url}")
+    held = features.read_or_none(name)
+    if held is None:
+        raise BankError(f"{features.url_of(name)} is missing; {_HINT}")
+    try:
+        is_same = is_array_of(json.loads(held), json.loads(expected))
+    except (RecursionError, TypeError, ValueError) as error:
+        raise BankError(f"{features.url_of(name)} is damaged; {_HINT}") from error
+    if not is_same:
         raise BankError(
-            f"{where} must be of shape {(*wanted.lead, *wanted.rest)} or longer, got "
-            f"{array.dtype} of {array.shape}; {_HINT}"
+            f"{features.url_of(name)} is damaged: it is not what bank.json implies; "
+            f"{_HINT}"
         )
+    return expected
 
 
-def _wanted(record: BankRecord, path: str) -> _Wanted | None:
-    """Returns what the record says of an array, None where it knows of none there."""
+def is_array_of(held: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Returns whether metadata describes the array that is expected, or one grown.
+
+    Args:
+        held: a ``zarr.json``.
+        expected: what it should be, but for attributes and later rows and views.
+    """
+    rest = {"shape": None, "attributes": None}
+    if not isinstance(held, dict) or {**held, **rest} != {**expected, **rest}:
+        return False
+    shape, least = held.get("shape"), expected["shape"]
+    if not isinstance(shape, list) or len(shape) != len(least):
+        return False
+    names = expected.get("dimension_names") or [""] * len(least)
+    return all(
+        mine >= other if name in ("sample", "view") else mine == other
+        for mine, other, name in zip(shape, least, names, strict=True)
+    )
+
+
+def _expected(record: BankRecord, path: str) -> bytes | None:
+    """Returns the metadata that a record implies for an array, None for others."""
     rows, views = record.num_rows, record.num_views
-    for made in layout.row_arrays(record):
-        if made.path == path:
-            kind = made.empty(0, views).dtype.kind
-            lead = (rows, views) if made.has_view else (rows,)
-            return _Wanted(lead, made.row_shape, kind)
+    for array in layout.row_arrays(record):
+        if array.path == path:
+            return array.metadata(rows, views)
     for spec in layout.feature_arrays(record):
         if spec.path == path:
-            lead = (rows, views) if spec.has_view else (rows,)
-            return _Wanted(lead, spec.row_shape, spec.numpy_dtype.kind)
+            return metadata(spec, rows, views)
     for classifier in classifier_arrays(record):
         if classifier.path == path:
-            return _Wanted((), classifier.shape, "f")
+            return classifier.metadata()
+    level, _, name = path.rpartition("/stats/")
     for output_path, _, output in layout.outputs(record):
-        level, _, name = output_path.rpartition("/")
-        for what, num_axes in _STATISTICS.items():
-            if path == f"{level}/stats/{name}_{what}":
-                return _Wanted((), (output.shape[-1],) * num_axes, "fiu")
+        if output_path == f"{level}/{output.name}":
+            for what in statistics_of(output):
+                if name == f"{output.name}_{what}":
+                    return statistic_metadata(output, what)
     return None
 
 
-def _object_names(
-    array: zarr.Array[Any], path: str, num_rows: int | None
-) -> Iterator[str]:
-    shape = array.shape if num_rows is None else (num_rows, *array.shape[1:])
-    objects = array.shards or array.chunks
-    counts = [-(-one // size) for one, size in zip(shape, objects, strict=True)]
-    for index in np.ndindex(*counts):
-        yield f"{path}/{'.'.join(['c', *map(str, index)])}"
+def _objects(array: Any) -> list[str]:
+    """Returns the names of all objects of an opened array."""
+    size = array.shards or array.chunks
+    counts = [
+        -(-length // chunk) for length, chunk in zip(array.shape, size, strict=True)
+    ]
+    return [".".join(["c", *map(str, index)]) for index in np.ndindex(*counts)]

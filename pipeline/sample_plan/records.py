@@ -32,9 +32,10 @@ from pipeline.bank.dataset_index import IndexedShard, write_index
 from pipeline.bank.finalise import finalise
 from pipeline.bank.layout import block_objects, write_metadata
 from pipeline.bank.objects import object_crc32c
-from pipeline.bank.output_statistics import has_statistics, write_statistics_of
+from pipeline.bank.output_statistics import write_statistics_of
 from pipeline.bank.record import FEATURES, RECORD_PATH, write_record
 from pipeline.bank.rows import RowFacts, encode_rows, object_path
+from pipeline.bank.statistic_arrays import statistics_of
 from pipeline.plan import Plan
 from pipeline.precompute import write_classifiers
 from pipeline.samples.shards import ShardRow
@@ -144,7 +145,7 @@ def _rehearse(
         into: Store, record: BankRecord, committed: Mapping[str, set[int]]
     ) -> None:
         for path, _, output in layout.outputs(record):
-            if has_statistics(output) and path in told.vectors:
+            if statistics_of(output) and path in told.vectors:
                 write_statistics_of(into, path, output, [told.vectors[path]])
 
     finished = finalise(store, small, statistics)

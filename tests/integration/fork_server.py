@@ -39,16 +39,19 @@ class ForkServer:
         Args:
             commands: lists of arguments of ``teachonce``.
             kill: where the process kills itself: ``{"write": n}`` for the n-th write,
-                or ``{"match": regex, "nth": k}``; with ``"when"`` before or after it.
+                or ``{"match": regex, "nth": k}``; with ``"when"`` before or after it. A
+                list has one for each command.
             log: file that gets a line per write.
             timeout: seconds after which a child is killed; it then has code None.
 
         Returns:
-            A dict with code, output and seconds for each; one dict for one command.
+            A dict with code, output, seconds and ``calls`` (lines that teachers wrote
+            to the file in the environment variable CALLS) for each; one dict for one
+            command.
         """
         request = {
             "commands": [[str(part) for part in one] for one in commands],
-            "kill": kill,
+            "kills": kill if isinstance(kill, list) else [kill] * len(commands),
             "log": str(log) if log else None,
             "timeout": timeout,
         }
@@ -105,7 +108,12 @@ def _watch_writes(kill, log):
     os.link, os.replace, os.unlink = wrapped(link), wrapped(replace), wrapped(unlink)
 
 
+def _calls(output):
+    return output.with_suffix(".calls")
+
+
 def _child(arguments, output, kill, log):
+    os.environ["CALLS"] = str(_calls(output))
     sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
@@ -118,15 +126,20 @@ def _child(arguments, output, kill, log):
     os._exit(code)
 
 
+def _num_lines(path):
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
 def _answer(request, folder):
     started = time.monotonic()
     children = {}
     for number, arguments in enumerate(request["commands"]):
         output = folder / f"output-{number}"
+        _calls(output).unlink(missing_ok=True)
         pid = os.fork()
         if pid == 0:
             try:
-                _child(arguments, output, request["kill"], request["log"])
+                _child(arguments, output, request["kills"][number], request["log"])
             except BaseException:
                 import traceback
 
@@ -149,11 +162,13 @@ def _answer(request, folder):
             "code": os.waitstatus_to_exitcode(status),
             "output": output.read_text(),
             "seconds": time.monotonic() - started,
+            "calls": _num_lines(_calls(output)),
         }
     return answers
 
 
 def _serve():
+    import gc
     import logging
     import tempfile
 
@@ -163,15 +178,21 @@ def _serve():
     import torch
 
     logging.disable(logging.NOTSET)
+    import pipeline.bank.export
     import pipeline.engine
     import pipeline.precompute
     import pipeline.transform
+    import teachers.module_family
     import teachonce.cli
+    import teachonce.verbs.export
+    import teachonce.verbs.finalise
     import teachonce.verbs.precompute
 
-    assert all((apache_beam, pipeline.transform, teachonce.verbs.precompute))
+    assert all((apache_beam, pipeline.transform, teachonce.verbs, teachers))
     # Shapes come from the meta device, whose first use imports another 2 s of torch.
     torch.relu(torch.empty(2, device="meta"))
+    # What a child's collector would look through, and so copy, page by page.
+    gc.freeze()
     with tempfile.TemporaryDirectory() as folder:
         for line in sys.stdin:
             answers = _answer(json.loads(line), Path(folder))

@@ -14,7 +14,7 @@ from manifests.loading import load_job
 from manifests.storage import Store
 from pipeline.precompute import precompute
 from teachonce.cli import main
-from tests.conftest import POINTS_INPUT, POINTS_TEACHER, write_tar
+from tests.conftest import POINTS_INPUT, POINTS_TEACHER, without_checksum, write_tar
 
 NET = {
     "model": "module:./nets.py:Net",
@@ -215,17 +215,25 @@ def test_a_newer_or_broken_bank(refused, make_job, make_shards, tmp_path):
     job = make_job()
     assert main(["precompute", str(job), "--quiet"]) == 0
     path = tmp_path / "bank" / "bank.json"
-    whole = path.read_text()
+    stored = path.read_text()
+    whole = without_checksum(stored)
     path.write_text(json.dumps({**json.loads(whole), "schema_version": 99}))
-    for verb, what in (("info", tmp_path / "bank"), ("precompute", job), ("plan", job)):
+    bank = tmp_path / "bank"
+    before = {one: one.stat().st_mtime_ns for one in bank.rglob("*")}
+    cases = [(verb, job) for verb in ("precompute", "plan")]
+    cases += [(verb, bank) for verb in ("info", "verify", "finalise", "report")]
+    for verb, what in cases:
         line = refused(what, verb=verb)
         matches(
             line, "schema version 99, this TeachOnce reads up to 1", "install a newer"
         )
+    assert {one: one.stat().st_mtime_ns for one in bank.rglob("*")} == before
     path.write_text(whole[: len(whole) // 2])
     matches(refused(tmp_path / "bank", verb="info"), "is not a bank record", "restore")
     path.write_text(json.dumps({**json.loads(whole), "block_rows": "x"}))
     matches(refused(tmp_path / "bank", verb="verify"), "bank.json: block_rows: ", "'x'")
+    path.write_text(stored.replace("cc0-1.0", "cc0-2.0"))
+    matches(refused(tmp_path / "bank", verb="info"), "bank.json must match its own crc")
 
 
 def test_no_space(refused, make_job, make_shards, monkeypatch):

@@ -30,6 +30,7 @@ from tests.conftest import (
     TEACHER_FILE,
     jpeg,
     sweep,
+    without_checksum,
     write_job,
     write_shards,
     write_tar,
@@ -207,7 +208,7 @@ def refused(capsys, folder: Path, *options) -> str:
 
 
 def edit(path: Path, change) -> None:
-    data = json.loads(path.read_text())
+    data = json.loads(without_checksum(path.read_text()))
     change(data)
     path.write_text(json.dumps(data))
 

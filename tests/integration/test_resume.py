@@ -1,6 +1,6 @@
-"""A run that is killed anywhere: the same command makes the identical bank.
+"""A run that is killed, stopped or left to others goes on; nothing is computed twice.
 
-No committed block is computed again.
+Killed at every single write: ``test_kills``.
 """
 
 from __future__ import annotations
@@ -13,31 +13,11 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
 from tests.conftest import ROOT, bank_identity
 
-NUM_SPREAD = 8
 OBJECT = r"features\.zarr/.*/c\.1\."
-NAMED = {
-    "before making the frame": (r"lock\.json$", 0, "after"),
-    "in making arrays": (r"patch/zarr\.json$", 0, "before"),
-    "before the record": (r"bank\.json$", 0, "before"),
-    "after the record, holding the lock": (r"bank\.json$", 0, "after"),
-    "before the run's record": (r"runs/[^.]*\.json$", 0, "before"),
-    "an object without its commit": (OBJECT, 2, "after"),
-    "before the first commit": (r"commits/", 0, "before"),
-    "after the first commit": (r"commits/.*", 1, "after"),
-    "between two commits of a block": (r"commits/points.*1\.json$", 0, "after"),
-    "after the last commit": (r"commits/rows/00000002\.json$", 0, "after"),
-    "holding the lock of finalise": (r"lock\.json$", 2, "after"),
-    "in the statistics": (r"stats/patch_variance/c", 0, "after"),
-    "before the state": (r"bank\.json$", 1, "before"),
-    "after the state": (r"bank\.json$", 1, "after"),
-    "before giving the lock back": (r"lock\.json$", 3, "before"),
-}
 
 
 def commit_files(bank):
@@ -58,28 +38,6 @@ def check_resumed(bank, identity, before, done):
     assert verify(*open_record(str(bank)), full=True).is_sound
     match = re.match(r"(\d+) blocks of passes committed", done["output"])
     assert int(match[1] if match else 0) == len(after) - len(before)
-
-
-def kill_and_resume(forked, full, bank, kill):
-    command = ["precompute", full.path, f"bank={bank}", "--quiet"]
-    killed = forked.run(command, kill=kill)
-    assert killed["code"] == -signal.SIGKILL, (kill, killed["output"])
-    before = commit_files(bank)
-    check_resumed(bank, full.identity, before, forked.run(command))
-
-
-@pytest.mark.parametrize("point", range(NUM_SPREAD))
-def test_killed_at_any_write_it_goes_on(forked, full, tmp_path, point):
-    when = ("before", "after")[point % 2]
-    write = int((point + 0.5) / NUM_SPREAD * full.num_writes)
-    kill_and_resume(forked, full, tmp_path / "bank", {"write": write, "when": when})
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_killed_at_a_delicate_write_it_goes_on(forked, full, tmp_path, name):
-    match, nth, when = NAMED[name]
-    kill = {"match": match, "nth": nth, "when": when}
-    kill_and_resume(forked, full, tmp_path / "bank", kill)
 
 
 def test_killed_again_and_again_it_ends(forked, full, tmp_path):

@@ -104,7 +104,7 @@ def test_rows_come_back_as_they_were_shard_by_shard(rows):
     data = encode_rows(shards)
     assert encode_rows(shards) == data
     expected = [(one.record.name, one.rows) for one in shards if one.rows]
-    assert list(read_rows(data)) == expected
+    assert list(read_rows(data, "here")) == expected
     assert tuple(pq.read_schema(io.BytesIO(data)).names) == INDEX_COLUMNS
 
 
