@@ -67,7 +67,8 @@ def read_whole_array(
             # zarr takes a missing object, and an empty one of a block, for fill values.
             if not data:
                 where = features.url_of(f"{path}/{name}")
-                raise BankError(f"{where} is missing or empty; {_HINT}")
+                why = "missing" if data is None else "empty"
+                raise BankError(f"{where} is {why}; {_HINT}")
             held[name] = make(data)
     try:
         return np.asarray(array[...])
