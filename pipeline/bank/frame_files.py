@@ -19,7 +19,7 @@ from pipeline.bank import layout
 from pipeline.bank.classifiers import classifier_arrays
 from pipeline.bank.dataset_index import part_path
 from pipeline.bank.objects import object_crc32c
-from pipeline.bank.record import FEATURES
+from pipeline.bank.places import FEATURES
 from pipeline.bank.row_index import decode_table, encode_checked_table
 
 FILES_PATH = "files.parquet"
@@ -50,7 +50,7 @@ def write_files(store: NotingStore, record: BankRecord) -> Told:
         record: its record.
     """
     told = dict(store.noted)
-    for path in _kept_paths(record):
+    for path in frame_paths(record):
         if path not in told:
             told[path] = _tell(store.read(path))
     columns = {
@@ -105,8 +105,8 @@ def _decode(store: Store, data: bytes) -> dict[str, Told]:
     return dict(zip(columns["path"], cast(Iterator[Told], told), strict=True))
 
 
-def _kept_paths(record: BankRecord) -> Iterator[str]:
-    """Yields what finalise finds there already and leaves as it is."""
+def frame_paths(record: BankRecord) -> Iterator[str]:
+    """Yields what a bank has before its first block, and finalise leaves as it is."""
     for path in layout.group_paths(record):
         yield f"{FEATURES}/{path}/zarr.json" if path else f"{FEATURES}/zarr.json"
     for spec in layout.feature_arrays(record):

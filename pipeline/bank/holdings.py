@@ -15,8 +15,8 @@ from manifests.bank import BankRecord
 from manifests.errors import BankError
 from manifests.storage import Store
 from pipeline.bank import layout
-from pipeline.bank.classifiers import classifier_arrays
 from pipeline.bank.commits import BLOCKS_PATH, block_of, commit_path, read_blocks
+from pipeline.bank.frame_files import frame_paths
 from pipeline.bank.places import FEATURES
 from pipeline.bank.row_index import index_path, num_index_parts
 
@@ -134,17 +134,7 @@ def read_holdings(store: Store, record: BankRecord) -> Holdings:
 
 def _files(record: BankRecord, is_whole: bool) -> Iterator[str]:
     """Yields what there is once in a bank; row arrays only where all was finalised."""
-    for path in layout.group_paths(record):
-        yield f"{FEATURES}/{path}/zarr.json" if path else f"{FEATURES}/zarr.json"
-    for spec in layout.feature_arrays(record):
-        yield f"{FEATURES}/{spec.path}/zarr.json"
-    for array in layout.row_arrays(record):
-        yield f"{FEATURES}/{array.path}/zarr.json"
-    for classifier in classifier_arrays(record):
-        yield classifier.metadata_path
-        yield classifier.object_path
-    for shard in record.shards:
-        yield f"dataset/{shard.part}.parquet"
+    yield from frame_paths(record)
     if record.state is None:
         return
     yield BLOCKS_PATH
