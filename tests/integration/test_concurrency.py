@@ -25,7 +25,7 @@ from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
 from pipeline.engine import Engine
 from pipeline.plan import make_plan
-from pipeline.precompute import _rows_lookup, prepare
+from pipeline.precompute import prepare, rows_lookup
 from pipeline.work_items import work_items
 from tests.conftest import bank_identity
 
@@ -72,7 +72,7 @@ def engine_and_items(path, bank):
     job = load_job(str(path), [f"bank={bank}"])
     store = Store(job.bank)
     plan, _ = prepare(job, store)
-    items = list(work_items(plan, _rows_lookup(store, plan), 1))
+    items = list(work_items(plan, rows_lookup(store, plan), 1))
     config = EngineConfig(device="cpu", threads=2, memory=64 * 2**20)
     engine = Engine(store, plan.record, plan.wanted, config, LimitsConfig())
     return store, plan, items, engine

@@ -21,7 +21,7 @@ from pipeline.bank.open import open_bank
 from pipeline.bank.record import open_record
 from pipeline.bank.verify import verify
 from pipeline.engine import Engine
-from pipeline.precompute import _rows_lookup, prepare
+from pipeline.precompute import prepare, rows_lookup
 from pipeline.work_items import work_items
 from tests.conftest import write_job, write_shards
 
@@ -95,7 +95,7 @@ def test_every_work_item_three_times_at_once(noisy, tmp_path):
     job = load_job(str(noisy), [f"bank={bank}"])
     store = Store(job.bank)
     plan, _ = prepare(job, store)
-    items = list(work_items(plan, _rows_lookup(store, plan), 1))
+    items = list(work_items(plan, rows_lookup(store, plan), 1))
     config = EngineConfig(device="cpu", threads=2, memory=64 * 2**20)
     engines = [
         Engine(store, plan.record, plan.wanted, config, LimitsConfig())

@@ -15,6 +15,7 @@ import teachonce
 from manifests.loading import load_job
 from pipeline.precompute import precompute
 from teachonce import cli
+from teachonce.arguments import make_parser
 from teachonce.cli import main
 from teachonce.verbs import text
 from tests.conftest import ROOT, run_cli, write_tar
@@ -68,7 +69,7 @@ def test_help_has_an_example_that_parses(verb, capsys):
 
 
 def test_every_verb_is_a_module_and_has_help():
-    parser = cli._parser()
+    parser = make_parser()
     (verbs,) = (
         action
         for action in parser._actions
