@@ -33,7 +33,7 @@ PRESETS = tuple(
     name for name in ("lossless", "half", "compact", "tiny") if name in ENCODINGS
 )
 NAIVE = ("naive_1", "naive_2", "naive_3")
-ARMS = (*(name for name in PRESETS if name != "half"), "naive_2")
+ARMS = (*(name for name in PRESETS if name != "half"), "naive_1")
 
 LOSS = {"cosine": 0.9, "smooth_l1": 0.1}
 STUDENT = {

@@ -17,7 +17,7 @@ from pipeline.bank.encodings import make_encoding
 from pipeline.bank.objects import decode_object, encode_object
 from pipeline.bank.open import Bank
 from student_train import BankDataset, Reading
-from student_train.losses import LOSSES
+from student_train.losses import LOSSES, reduce, valid_images
 from student_train.students import make_student
 from student_train.targets import Normaliser
 
@@ -25,12 +25,15 @@ Floats = npt.NDArray[np.float32]
 
 
 def losses_of(prediction: torch.Tensor, target: torch.Tensor) -> dict[str, float]:
-    """Returns the mean of each loss, and of the recipe's own, over rows of a grid."""
-    mask = torch.ones(target.shape[:-1], dtype=torch.bool)
-    found = {
-        name: float(LOSSES[name](prediction, target, mask).mean())
-        for name in ("cosine", "smooth_l1", "mse")
-    }
+    """Returns the mean of each loss, and of the recipe's own, over rows of a grid.
+
+    A block's rows behind the end of its shard are missing in both, and left out.
+    """
+    mask = ~target.isnan().any(-1)
+    found = {}
+    for name in ("cosine", "smooth_l1", "mse"):
+        per_row = LOSSES[name](prediction, target, mask)
+        found[name] = float(reduce(per_row, valid_images(mask)))
     found["recipe"] = sum(weight * found[name] for name, weight in LOSS.items())
     return found
 
@@ -44,7 +47,7 @@ def stored_as(preset: str, values: Floats) -> tuple[Floats, float]:
         shape=values.shape[1:],
         dtype="float32",
     )
-    encoded = encoding.encode(values, np.ones(len(values), np.bool_))
+    encoded = encoding.encode(values, ~np.isnan(values).any(axis=(1, 2, 3)))
     size, decoded = 0, {}
     specs = encoding.arrays("resnet56/image/32x32/patch", len(values))
     for suffix, spec in zip(encoding.suffixes, specs, strict=True):
