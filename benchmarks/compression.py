@@ -68,7 +68,10 @@ def run_of(out: Path, arm: str, seed: int) -> Path:
 
 
 def result_of(bank: str, out: Path, arm: str, seed: int) -> dict[str, Any]:
-    """Returns what an arm came to with a seed, trained and scored where it was not."""
+    """Returns what an arm came to with a seed, trained and scored where it was not.
+
+    Of a run that was stopped and went on, seconds are those of the last go.
+    """
     run = run_of(out, arm, seed)
     path = out / "results" / f"{run.name}.json"
     if path.exists():
