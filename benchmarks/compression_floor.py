@@ -47,7 +47,8 @@ def stored_as(preset: str, values: Floats) -> tuple[Floats, float]:
         shape=values.shape[1:],
         dtype="float32",
     )
-    encoded = encoding.encode(values, ~np.isnan(values).any(axis=(1, 2, 3)))
+    has_values = np.asarray(np.isfinite(values).all(axis=(1, 2, 3)), np.bool_)
+    encoded = encoding.encode(values, has_values)
     size, decoded = 0, {}
     specs = encoding.arrays("resnet56/image/32x32/patch", len(values))
     for suffix, spec in zip(encoding.suffixes, specs, strict=True):
