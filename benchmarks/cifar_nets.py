@@ -1,4 +1,4 @@
-"""CIFAR ResNets, as teacher and as student of ``benchmarks/cifar10.py``.
+"""CIFAR ResNets, as teachers and students of ``cifar10.py`` and ``compression.py``.
 
 Source: He et al., Deep Residual Learning (2015), section 4.2: depth 6n + 2, identity
 shortcuts with zero padding ("option A"). Parameters have the names of the published
@@ -58,3 +58,20 @@ class CifarResNet(nn.Module):
         logits = self.forward_head(self.forward_features(x))
         half = logits.shape[1] // 2
         return {"logits": logits, "first": logits[:, :half], "last": logits[:, half:]}
+
+
+class CoarseResNet(CifarResNet):
+    """Gives its last feature map as it is, and ruined by naive quantisers.
+
+    They have one scale for a whole image and none for its channels: what not to store,
+    so that a test of what may be stored can be seen to fail.
+    """
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        grid = self.forward_features(x)
+        largest = grid.amax((1, 2, 3), keepdim=True).clamp(min=1e-6)
+        found = {"exact": grid}
+        for bits in (1, 2, 3):
+            steps = 2**bits - 1
+            found[f"naive_{bits}"] = (grid / largest * steps).round() / steps * largest
+        return found
