@@ -309,6 +309,11 @@ class ProbeConfig(Strict):
         "LiDAR z; omitted: the ground and half a metre above it, under a LiDAR on a "
         "car's roof",
     )
+    classifier: str | None = Field(
+        None,
+        description="zero-shot instead: <teacher>/<output> of the bank that came from "
+        "a classifier, whose classes are the label's",
+    )
 
     @field_validator("grid")
     @classmethod
@@ -316,6 +321,15 @@ class ProbeConfig(Strict):
         if grid is not None and min(grid) < 1:
             raise ValueError(f"must have at least 1 row and 1 column, got {list(grid)}")
         return grid
+
+    @model_validator(mode="after")
+    def _asks_one_way(self) -> ProbeConfig:
+        if self.classifier is not None and (self.kinds or self.grid):
+            raise ValueError(
+                "`classifier` is a way of asking by itself: leave out `kinds` and "
+                "`grid`, or ask twice"
+            )
+        return self
 
 
 class SplitsConfig(Strict):

@@ -156,6 +156,17 @@ def _open_student(name: str, folder: str, bank: Bank) -> ScoredStudent:
     return ScoredStudent(name, "student", student, str(place), config)
 
 
+def run_of(model: ScoredStudent) -> tuple[RunFolder, Recipe] | None:
+    """Returns the run that a student, or its architecture, comes from.
+
+    None where its folder lies in no run.
+    """
+    run = RunFolder(str(Path(model.source).parent))
+    recipe = _recipe_of(run)
+    is_its = run.student.resolve() == Path(model.source).resolve()
+    return (run, recipe) if recipe is not None and is_its else None
+
+
 def _recipe_of(run: RunFolder) -> Recipe | None:
     """Returns the recipe of a run's folder, None where it is none."""
     try:

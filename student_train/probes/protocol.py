@@ -36,6 +36,7 @@ from student_train.probes.result import ModelScore, ProbeResult, QuestionResult
 from student_train.probes.scores import ProbeScore
 from student_train.probes.splits import ClassSplit, NumberSplit
 from student_train.probes.truth import bank_label, map_dtype, read_maps
+from student_train.probes.zero_shot import zero_shot_probe
 
 Tensors = Mapping[str, Tensor]
 """By split."""
@@ -221,6 +222,10 @@ class ProbeRun:
     ) -> list[tuple[str, ProbeScore]]:
         """Returns the scores of one way of asking, by the features' scale."""
         num_classes, device = question.num_classes, self.device
+        if question.classifier is not None:
+            split = ClassSplit(features["test"], truth["test"])
+            weight = question.classifier.weight
+            return [("raw", zero_shot_probe(split, weight, device=device))]
         if kind == "knn":
             scaled = {"raw": features, "standardised": standardised(features)}
             return [

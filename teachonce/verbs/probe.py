@@ -24,7 +24,7 @@ _ROLES = {
     "teacher": "teacher reference",
 }
 # What is shown beside the value, of the details on `test`.
-_MORE = ("pixel_accuracy", "rmse_log", "rmse", "r_squared")
+_MORE = ("top5_accuracy", "pixel_accuracy", "rmse_log", "rmse", "r_squared")
 _NONE = "-"
 
 
@@ -111,7 +111,8 @@ def _cells(one: ModelScore) -> dict[tuple[str, str, str], str]:
 
 def _heading(kind: str, scale: str, metric: str) -> str:
     words = metric.replace("_", " ")
-    return f"{kind} {scale} {words}" if kind == "knn" else f"{kind} {words}"
+    shown = kind.replace("_", "-")
+    return f"{shown} {scale} {words}" if kind == "knn" else f"{shown} {words}"
 
 
 def _remarks(question: QuestionResult) -> list[str]:

@@ -447,6 +447,10 @@ def test_rules_of_a_recipe(tmp_path, fields, message):
             "probes.a.kinds.0: must be 'knn', 'linear' or 'dense'",
         ),
         ({"probes": {"a": {"label": "x", "grid": [3]}}}, "probes.a.grid.1: missing"),
+        (
+            {"probes": {"a": {"label": "x", "classifier": "c", "kinds": ["knn"]}}},
+            "probes.a: `classifier` is a way of asking by itself: leave out `kinds`",
+        ),
         ({"batch": 0}, "batch: input should be greater than or equal to 1"),
         ({"banks": {"data": "x"}}, "name of bank must not be data"),
         ({"banks": {}}, "banks: dictionary should have at least 1 item"),
