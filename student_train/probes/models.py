@@ -27,7 +27,7 @@ from student_train.run_folder import RunFolder
 from student_train.students import make_student
 from student_train.targets import find_output
 
-Role = Literal["student", "random", "teacher"]
+Role = Literal["student", "random", "teacher", "baseline"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from manifests.bank import format_runs
-from manifests.recipe import DATA, LABELS, MapLabel, Probe, ProbeConfig
+from manifests.recipe import DATA, LABELS, TRAJECTORIES, MapLabel, Probe, ProbeConfig
 from pipeline.bank.classifiers import StoredClassifier
 from pipeline.bank.open import Bank
 from student_train.errors import TrainingError
@@ -32,12 +32,13 @@ from student_train.probes.features import (
 from student_train.probes.lines import Line, Lines
 from student_train.probes.models import ScoredStudent, ScoredTeacher
 from student_train.probes.result import SplitCount
-from student_train.probes.truth import bank_label, map_size
+from student_train.probes.trajectory import Futures
+from student_train.probes.truth import bank_label, map_size, read_futures
 from student_train.selection import select_rows
 from student_train.targets import find_output
 from student_train.tasks import map_label, num_label_classes
 
-QuestionForm = Literal["value", "grid", "bird's-eye"]
+QuestionForm = Literal["value", "grid", "bird's-eye", "trajectory"]
 
 SPLITS = ("fit", "choose", "test")
 MOST_BEV_CELLS = 32
@@ -53,7 +54,7 @@ class Question:
     Attributes:
         name: of the probe.
         config: its entry.
-        form: a value per row, a grid of the view, or a bird's-eye grid.
+        form: a value per row, a grid of the view, a bird's-eye grid, or a future.
         kinds: ways of asking, in order.
         label: name of the label.
         map: the label, where it is a map.
@@ -64,6 +65,7 @@ class Question:
         counts: of the rows.
         left_out_by: student, or output of a teacher, to the labelled rows it lacks.
         classifier: of a zero-shot probe, which asks for rows of ``test`` alone.
+        futures: of a trajectory probe, for every row of the bank.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Question:
     counts: Mapping[str, SplitCount]
     left_out_by: Mapping[str, int]
     classifier: StoredClassifier | None = None
+    futures: Futures | None = None
 
     def seen(self, split: str) -> Tensor | None:
         """Returns (rows, R, K) bool: bird's-eye cells that every model has; or None."""
@@ -175,6 +178,8 @@ class Resolver:
         section, _, label = rest.partition("/")
         found: MapLabel | None = None
         form: QuestionForm = "value"
+        if first == TRAJECTORIES:
+            return self._resolve_future(name, config, rest)
         if first == DATA:
             label, found = rest, map_label(self._probe.data, rest, f"{where}.label")
             num_classes = found.num_classes
@@ -183,8 +188,8 @@ class Resolver:
             num_classes = num_label_classes(self._bank, label, f"{where}.label")
         else:
             raise TrainingError(
-                f"{where}.label must be {bank_name}/{LABELS}/NAME or {DATA}/NAME, got "
-                f"{config.label!r}"
+                f"{where}.label must be {bank_name}/{LABELS}/NAME, {DATA}/NAME or "
+                f"{TRAJECTORIES}/NAME, got {config.label!r}"
             )
         kinds = _kinds(config, found is not None, num_classes, where)
         classifier: StoredClassifier | None = None
@@ -247,6 +252,35 @@ class Resolver:
             counts,
             left_out_by,
             classifier,
+        )
+
+    def _resolve_future(self, name: str, config: ProbeConfig, label: str) -> Question:
+        where, known_names = f"probes.{name}", self._probe.trajectories
+        if label not in known_names:
+            raise TrainingError(
+                f"{where}.label must be one of trajectories "
+                f"({', '.join(known_names) or 'none'}), got {label!r}"
+            )
+        if config.kinds or config.grid or config.classifier:
+            raise TrainingError(
+                f"{where} must have no `kinds`, `grid` or `classifier`: a trajectory "
+                "is asked for in one way; leave them out"
+            )
+        futures = read_futures(self._bank, known_names[label], f"trajectories.{label}")
+        lines = self._lines.of_values()
+        return Question(
+            name,
+            config,
+            "trajectory",
+            ("trajectory",),
+            label,
+            None,
+            None,
+            None,
+            None,
+            tuple(lines),
+            *self._shared_rows(lines, futures.known, SPLITS, where),
+            futures=futures,
         )
 
     def _classifier(

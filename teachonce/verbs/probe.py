@@ -22,9 +22,20 @@ _ROLES = {
     "student": "student",
     "random": "random weights (floor)",
     "teacher": "teacher reference",
+    "baseline": "without features",
 }
 # What is shown beside the value, of the details on `test`.
-_MORE = ("top5_accuracy", "pixel_accuracy", "rmse_log", "rmse", "r_squared")
+_MORE = (
+    "top5_accuracy",
+    "pixel_accuracy",
+    "rmse_log",
+    "rmse",
+    "r_squared",
+    "ade",
+    "fde",
+    "turning_reduction",
+    "turning_fde",
+)
 _NONE = "-"
 
 
