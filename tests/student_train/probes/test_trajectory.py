@@ -102,6 +102,18 @@ def test_features_that_see_the_bend_and_features_that_do_not():
     assert probe.baselines[MEAN].value < -1
 
 
+def test_many_channels_of_noise_cost_nothing_of_what_the_state_tells():
+    def noise(rng, speed, times):
+        y = rng.normal(0, 0.1, (len(speed), NUM_STEPS))
+        return y + (speed[:, None] * times) ** 2 / 50, rng.normal(
+            size=(len(speed), 400)
+        )
+
+    probe, features = ask(make_world(noise))
+    assert probe.baselines[CONSTANT].value < -5
+    assert abs(probe.score(features).value) < 0.05
+
+
 def test_what_the_state_tells_is_no_merit_of_features():
     def told(rng, speed, times):
         y = 0.2 * (speed - 8)[:, None] * times + rng.normal(0, 0.1, (len(speed), 4))
