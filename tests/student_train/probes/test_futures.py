@@ -131,8 +131,11 @@ def test_a_teacher_that_sees_where_the_road_goes(url, tmp_path, capsys):
     print_result(result)
     shown = capsys.readouterr().out
     heading = next(line for line in shown.splitlines() if line.startswith("model"))
-    for word in ("ade reduction", "ade", "fde", "turning reduction"):
-        assert f"trajectory {word}" in heading
+    columns = "ade reduction,reduction low,reduction high,ade,fde,turning reduction"
+    assert (
+        heading.split("features")[1].split()[:10] == columns.replace(",", " ").split()
+    )
+    assert f"rows of test that turn: {turning}; ade and fde are in metres" in shown
     assert "without features" in shown
     assert found.to_json()["scores"][-1]["model"] == "ego state"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
@@ -12,6 +13,7 @@ import open_clip
 import open_clip.factory
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from manifests.errors import BankError
@@ -24,7 +26,9 @@ from student_train.probes.features import AsItIs, Ask, collect
 from student_train.probes.protocol import ProbeRun
 from student_train.probes.splits import ClassSplit
 from student_train.probes.zero_shot import zero_shot_probe
+from student_train.trainer import Trainer
 from teachers.zero_shot import Classifier
+from teachonce.verbs.probe import print_result
 from tests import probing
 from tests.conftest import jpeg, write_job, write_tar
 
@@ -200,7 +204,7 @@ def fit_head(url: Path, run: Path, folder: Path, scale: float = 1.0) -> None:
     save_file(state, run / "heads.safetensors")
 
 
-def test_the_teacher_is_right_where_the_labels_are_its_own(world, tmp_path):
+def test_the_teacher_is_right_where_the_labels_are_its_own(world, tmp_path, capsys):
     url, _, labels = world
     asked = probe_of(tmp_path, url, None)
     (question,) = asked.questions
@@ -215,6 +219,14 @@ def test_the_teacher_is_right_where_the_labels_are_its_own(world, tmp_path):
     expected = (best5 == labels[rows, None]).any(1).mean()
     assert score.details["top5_accuracy"] == expected < 1
     assert score.details["chance"] == 1 / CLASSES
+    result = asked.run()
+    (held,) = result.to_json()["probes"].values()
+    assert (held["splits"].keys(), held["scores"][0]["setting"]) == ({"test"}, {})
+    assert held["scores"][0]["choose_value"] is None
+    print_result(result)
+    shown = capsys.readouterr().out
+    assert f"on test {len(rows)} rows" in shown
+    assert "zero-shot accuracy  zero-shot top5 accuracy" in shown
     # The logits that the bank holds say the same.
     logits = values_of(url, "clip/image/32x32/logits")[rows]
     assert (logits.argmax(1) == labels[rows]).mean() == score.value
@@ -251,6 +263,46 @@ def test_lengths_count_only_where_a_loss_sees_them(world, tmp_path):
     drawn = unit((embed[rows] - mean) / std) * math.sqrt(CHANNELS) * std + mean
     right = (unit(drawn) @ weight.T).argmax(1) == labels[rows]
     assert found["cosine", 1.0] == right.mean()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "ladder", "transformer"])
+def test_what_a_run_has_trained_is_looked_through(world, tmp_path, kind):
+    """The trainer's own file of heads, read back: as its objective predicts."""
+    url, weight, labels = world
+    embed = {"from": "main/clip/embed", "loss": {"cosine": 1, "mse": 0.1}}
+    recipe = Recipe.model_validate(
+        {
+            "run": str(tmp_path / "run"),
+            "banks": {"main": str(url)},
+            "data": {"rows": {"share": [0, 0.5]}},
+            "student": {**STUDENT, "args": {**STUDENT["args"], "depth": 2}},
+            "targets": {
+                "text": {**embed, "head": {"kind": kind}},
+                "again": {**embed, "head": {"same_as": "text"}},
+            },
+            "stages": [{"steps": 2, "batch": 8, "lr": 1.0e-2}],
+            "engine": {"device": "cpu"},
+        }
+    )
+    trainer = Trainer(recipe)
+    trainer.run()
+    asked = probe_of(tmp_path, url, tmp_path / "run")
+    rows = asked.questions[0].rows["test"]
+    line = asked.questions[0].lines[0]
+    (found,) = collect(line.source, [line.ask({"test": rows})])
+    student, objective = trainer.modules.student.eval(), trainer.modules.objective
+    pixels = [
+        np.asarray(Image.open(io.BytesIO(jpeg(row, 32, 32)))) for row in rows.tolist()
+    ]
+    with torch.inference_mode():
+        features = student(torch.from_numpy(np.stack(pixels)), layers=True)
+        task = objective.tasks[0]
+        made = objective.predict(task, features, None, (32, 32))[0].double().numpy()
+    values = values_of(url, EMBED)
+    expected = made * values.std(0) + values.mean(0)
+    np.testing.assert_allclose(found["test"], expected, atol=1e-4)
+    right = (unit(expected) @ weight.T).argmax(1) == labels[rows]
+    assert scores_of(asked)["mine"].score.value == right.mean()
 
 
 def test_not_normalised_targets_are_taken_as_they_are(world, tmp_path):
