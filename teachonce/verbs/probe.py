@@ -138,6 +138,10 @@ def _remarks(question: QuestionResult) -> list[str]:
             found.append(f"always the most frequent class: {share:.4f}")
             break
     for one in question.scores:
+        if one.score is not None and "chance" in one.score.details:
+            found.append(f"chance: {one.score.details['chance']:.4f}")
+            break
+    for one in question.scores:
         if one.score is not None and "num_turning" in one.score.details:
             num = int(one.score.details["num_turning"])
             found.append(f"rows of test that turn: {num}; ade and fde are in metres")

@@ -227,6 +227,7 @@ def test_the_teacher_is_right_where_the_labels_are_its_own(world, tmp_path, caps
     shown = capsys.readouterr().out
     assert f"on test {len(rows)} rows" in shown
     assert "zero-shot accuracy  zero-shot top5 accuracy" in shown
+    assert "chance: 0.1250" in shown
     # The logits that the bank holds say the same.
     logits = values_of(url, "clip/image/32x32/logits")[rows]
     assert (logits.argmax(1) == labels[rows]).mean() == score.value
