@@ -14,9 +14,11 @@ from pydantic import Field, field_validator, model_validator
 from manifests.document import ImageSize, Strict, check_name
 from manifests.target import BalanceConfig, NormaliseRule, TargetConfig
 from manifests.teacher import BevExtent
+from manifests.trajectory import TrajectoryConfig
 
 DATA = "data"
 LABELS = "labels"
+TRAJECTORIES = "trajectories"
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 Size = Annotated[int, Field(ge=1, le=65535)] | ImageSize
 
@@ -292,7 +294,9 @@ class Recipe(Strict):
 class ProbeConfig(Strict):
     """One question put to every model."""
 
-    label: str = Field(description="<bank>/labels/<name> or data/<label>")
+    label: str = Field(
+        description="<bank>/labels/<name>, data/<label> or trajectories/<name>"
+    )
     kinds: list[Literal["knn", "linear", "dense"]] | None = Field(
         None, description="omitted: knn and linear for a value per row, else dense"
     )
@@ -309,6 +313,11 @@ class ProbeConfig(Strict):
         "LiDAR z; omitted: the ground and half a metre above it, under a LiDAR on a "
         "car's roof",
     )
+    classifier: str | None = Field(
+        None,
+        description="zero-shot instead: <teacher>/<output> of the bank that came from "
+        "a classifier, whose classes are the label's",
+    )
 
     @field_validator("grid")
     @classmethod
@@ -316,6 +325,15 @@ class ProbeConfig(Strict):
         if grid is not None and min(grid) < 1:
             raise ValueError(f"must have at least 1 row and 1 column, got {list(grid)}")
         return grid
+
+    @model_validator(mode="after")
+    def _asks_one_way(self) -> ProbeConfig:
+        if self.classifier is not None and (self.kinds or self.grid):
+            raise ValueError(
+                "`classifier` is a way of asking by itself: leave out `kinds` and "
+                "`grid`, or ask twice"
+            )
+        return self
 
 
 class SplitsConfig(Strict):
@@ -343,6 +361,9 @@ class Probe(Strict):
         "{}: none",
     )
     splits: SplitsConfig
+    trajectories: dict[str, TrajectoryConfig] = Field(
+        default_factory=dict, description="futures that a probe's `label` can name"
+    )
     probes: dict[str, ProbeConfig] = Field(min_length=1)
     result: str | None = Field(None, description="JSON file for the scores")
     batch: int = Field(64, ge=1)
@@ -352,6 +373,10 @@ class Probe(Strict):
     @model_validator(mode="after")
     def _names(self) -> Probe:
         _check_names(self.banks, self.data)
+        if TRAJECTORIES in self.banks:
+            raise ValueError(
+                f"name of bank must not be {TRAJECTORIES}: futures are called that"
+            )
         if not self.students and self.teachers == {}:
             raise ValueError("give `students` or `teachers`: there is nothing to score")
         return self

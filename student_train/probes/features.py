@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pipeline.bank.open import Bank
 from student_train.dataset import BankDataset
+from student_train.features import StudentFeatures
 from student_train.grids import resize_grid
 from student_train.inputs import Size
 from student_train.probes.models import ScoredStudent
@@ -35,7 +36,7 @@ SplitRows = Mapping[str, Int64s]
 """Rows of the bank by split, ascending."""
 
 VALUES = "values"
-"""Name of a teacher's only tokens."""
+"""Name of the only tokens of a teacher, and of a student behind a head."""
 
 
 class Source(Protocol):
@@ -150,11 +151,34 @@ class Ask:
         return 4 * num_rows * math.prod(self.row_shape(source))
 
 
+class Head(Protocol):
+    """What a student's features are looked at through."""
+
+    @property
+    def width(self) -> int:
+        """Channels of what it gives."""
+        ...
+
+    @property
+    def needs_layers(self) -> bool:
+        """Whether it looks at the student's layers."""
+        ...
+
+    def to(self, device: torch.device) -> object:
+        """Moves it to a device."""
+        ...
+
+    def __call__(self, features: StudentFeatures, size: Size) -> Tensor:
+        """Returns (B, width) of features at an input size."""
+        ...
+
+
 class StudentSource:
     """Features of a student, in eval mode and float32, at its own input size.
 
     Attributes:
         model: the student.
+        head: if any, `VALUES` is all that there is: what it makes of the student.
     """
 
     def __init__(
@@ -165,11 +189,24 @@ class StudentSource:
         batch: int,
         device: torch.device,
         stored: bool = False,
+        head: Head | None = None,
     ) -> None:
         """Keeps what it works with; nothing is read yet."""
-        self.model = model
+        self.model, self.head = model, head
         self._bank, self._shards, self._stored = bank, shards, stored
         self._batch, self._device = batch, device
+
+    def behind(self, head: Head) -> StudentSource:
+        """Returns the same student, looked at through a head."""
+        return StudentSource(
+            self.model,
+            self._bank,
+            self._shards,
+            self._batch,
+            self._device,
+            self._stored,
+            head,
+        )
 
     @cached_property
     def usable(self) -> Bools:
@@ -179,7 +216,9 @@ class StudentSource:
         return has_image(self._bank, self.model.input)
 
     def row_shape(self, tokens: str) -> Shape:
-        """Returns the shape of ``cls``, ``pooled`` or ``patch``."""
+        """Returns the shape of ``cls``, ``pooled`` or ``patch``; or of the head's."""
+        if self.head is not None:
+            return (self.head.width,)
         student = self.model.student
         width = int(getattr(student, f"{tokens}_dim"))
         return (
@@ -204,18 +243,24 @@ class StudentSource:
             keep_rest=True,
         )
         student = self.model.student.to(self._device).eval()
+        if self.head is not None:
+            self.head.to(self._device)
         try:
             for batch in dataset:
                 with torch.inference_mode():
-                    found = student(batch.inputs[name].to(self._device))
-                tokens = {
-                    "pooled": found.pooled,
-                    "cls": found.cls,
-                    "patch": found.patch,
-                }
-                yield batch.rows, {k: v for k, v in tokens.items() if v is not None}
+                    tokens = self._tokens(batch.inputs[name].to(self._device))
+                yield batch.rows, tokens
         finally:
             student.to("cpu")
+
+    def _tokens(self, pixels: Tensor) -> dict[str, Tensor]:
+        if self.head is not None:
+            layers = self.head.needs_layers
+            features = self.model.student(pixels, layers=layers)
+            return {VALUES: self.head(features, (pixels.shape[1], pixels.shape[2]))}
+        found = self.model.student(pixels)
+        tokens = {"pooled": found.pooled, "cls": found.cls, "patch": found.patch}
+        return {name: one for name, one in tokens.items() if one is not None}
 
 
 class TeacherSource:

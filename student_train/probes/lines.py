@@ -29,6 +29,7 @@ from student_train.probes.features import (
     TeacherSource,
 )
 from student_train.probes.models import Role, ScoredTeacher
+from student_train.probes.trained_heads import open_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +106,36 @@ class Lines:
                 teacher,
                 dict.fromkeys(vectors or held, form),
                 "it has no output but logits of view 0; name them to score them",
+            )
+        return lines
+
+    def of_embeddings(self, path: str, seed: int) -> list[Line]:
+        """Returns the lines of embeddings in the space of one output of a teacher.
+
+        Args:
+            path: of the output.
+            seed: of random students' heads.
+
+        Raises:
+            TrainingError: a run's heads cannot be read.
+        """
+        lines = []
+        for name, source in self.students.items():
+            role = source.model.role
+            head = open_head(source.model, path, self._bank, seed)
+            if isinstance(head, str):
+                lines.append(Line(name, role, reason=head))
+            else:
+                features = f"head {head.task.name}"
+                lines.append(
+                    Line(name, role, features, source.behind(head), VALUES, AsItIs())
+                )
+        for teacher in self.teachers:
+            may = path in teacher.paths and self._may_score(teacher, path)
+            lines += self._teacher_lines(
+                teacher,
+                {path: AsItIs()} if may else {},
+                f"its outputs have no {path} in view 0",
             )
         return lines
 

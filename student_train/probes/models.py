@@ -27,7 +27,7 @@ from student_train.run_folder import RunFolder
 from student_train.students import make_student
 from student_train.targets import find_output
 
-Role = Literal["student", "random", "teacher"]
+Role = Literal["student", "random", "teacher", "baseline"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +154,17 @@ def _open_student(name: str, folder: str, bank: Bank) -> ScoredStudent:
     except TrainingError as error:
         raise TrainingError(f"{where}: {error}") from error
     return ScoredStudent(name, "student", student, str(place), config)
+
+
+def run_of(model: ScoredStudent) -> tuple[RunFolder, Recipe] | None:
+    """Returns the run that a student, or its architecture, comes from.
+
+    None where its folder lies in no run.
+    """
+    run = RunFolder(str(Path(model.source).parent))
+    recipe = _recipe_of(run)
+    is_its = run.student.resolve() == Path(model.source).resolve()
+    return (run, recipe) if recipe is not None and is_its else None
 
 
 def _recipe_of(run: RunFolder) -> Recipe | None:

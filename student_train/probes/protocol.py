@@ -18,7 +18,6 @@ from torch import Tensor
 
 from manifests.recipe import Probe
 from pipeline.bank.open import Bank, open_bank
-from pipeline.bank.statistics import floored_std
 from student_train.devices import choose_device
 from student_train.errors import TrainingError
 from student_train.probes.dense import (
@@ -34,8 +33,10 @@ from student_train.probes.models import ScoredTeacher, open_students, open_teach
 from student_train.probes.questions import SPLITS, Question, Resolver
 from student_train.probes.result import ModelScore, ProbeResult, QuestionResult
 from student_train.probes.scores import ProbeScore
-from student_train.probes.splits import ClassSplit, NumberSplit
+from student_train.probes.splits import ClassSplit, NumberSplit, standardised
+from student_train.probes.trajectory import Futures, TrajectoryProbe
 from student_train.probes.truth import bank_label, map_dtype, read_maps
+from student_train.probes.zero_shot import zero_shot_probe
 
 Tensors = Mapping[str, Tensor]
 """By split."""
@@ -87,6 +88,7 @@ class ProbeRun:
         self.shards = resolver.shards
         self.questions = [resolver.resolve(name) for name in probe.probes]
         self._plan = self._by_source()
+        self._futures: dict[str, TrajectoryProbe] = {}
         if self.device.type == "cpu":
             self._check_memory(free_bytes())
 
@@ -144,6 +146,8 @@ class ProbeRun:
         truths, seen = {}, {}
         for question in self.questions:
             on_progress(ProbeProgress(done, total, f"labels of {question.name}"))
+            if question.futures is not None:
+                self._futures[question.name] = self._future(question, question.futures)
             truths[question.name] = self._truth(question)
             seen[question.name] = _seen(question)
         scores: dict[tuple[str, Line], list[ModelScore]] = {}
@@ -168,7 +172,14 @@ class ProbeRun:
 
     # One model in one probe.
 
+    def _future(self, question: Question, futures: Futures) -> TrajectoryProbe:
+        splits = {name: futures.of(rows) for name, rows in question.rows.items()}
+        config = self.probe.trajectories[question.label]
+        return TrajectoryProbe(splits, config.step_s, config.turn_m, self.device)
+
     def _truth(self, question: Question) -> Tensors:
+        if question.futures is not None:
+            return {}
         if question.map is None:
             values, _ = bank_label(self.bank, question.label)
             return {
@@ -221,6 +232,12 @@ class ProbeRun:
     ) -> list[tuple[str, ProbeScore]]:
         """Returns the scores of one way of asking, by the features' scale."""
         num_classes, device = question.num_classes, self.device
+        if question.futures is not None:
+            return [("standardised", self._futures[question.name].score(features))]
+        if question.classifier is not None:
+            split = ClassSplit(features["test"], truth["test"])
+            weight = question.classifier.weight
+            return [("raw", zero_shot_probe(split, weight, device=device))]
         if kind == "knn":
             scaled = {"raw": features, "standardised": standardised(features)}
             return [
@@ -275,6 +292,12 @@ class ProbeRun:
                     )
                 else:
                     found += scores[question.name, line]
+            if question.futures is not None:
+                found += [
+                    ModelScore(name, "baseline", None, kind, "standardised", score)
+                    for kind in question.kinds
+                    for name, score in self._futures[question.name].baselines.items()
+                ]
             probes.append(
                 QuestionResult(
                     question.name,
@@ -308,21 +331,6 @@ class ProbeRun:
                 path: self.bank.pass_of(path).fingerprint for path in teacher.paths
             },
         }
-
-
-def standardised(features: Tensors) -> Tensors:
-    """Returns vectors by split, standardised by the fit split's mean and deviation.
-
-    Args:
-        features: (N, C) float32 by split; deviations are floored as the bank's are.
-    """
-    fit = features["fit"].double()
-    std = torch.from_numpy(floored_std(fit.var(0, correction=0).numpy()))
-    mean = fit.mean(0)
-    return {
-        split: ((values.double() - mean) / std).float()
-        for split, values in features.items()
-    }
 
 
 def free_bytes() -> int | None:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from manifests.bank import format_runs
-from manifests.recipe import DATA, LABELS, MapLabel, Probe, ProbeConfig
+from manifests.recipe import DATA, LABELS, TRAJECTORIES, MapLabel, Probe, ProbeConfig
+from pipeline.bank.classifiers import StoredClassifier
 from pipeline.bank.open import Bank
 from student_train.errors import TrainingError
 from student_train.inputs import Size, image_input
@@ -31,14 +32,19 @@ from student_train.probes.features import (
 from student_train.probes.lines import Line, Lines
 from student_train.probes.models import ScoredStudent, ScoredTeacher
 from student_train.probes.result import SplitCount
-from student_train.probes.truth import bank_label, map_size
+from student_train.probes.trajectory import Futures
+from student_train.probes.truth import bank_label, map_size, read_futures
 from student_train.selection import select_rows
+from student_train.targets import find_output
 from student_train.tasks import map_label, num_label_classes
 
-QuestionForm = Literal["value", "grid", "bird's-eye"]
+QuestionForm = Literal["value", "grid", "bird's-eye", "trajectory"]
 
 SPLITS = ("fit", "choose", "test")
 MOST_BEV_CELLS = 32
+ZERO_SHOT = "zero_shot"
+EMBED = "embed"
+"""The output that zero-shot classifiers take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +54,7 @@ class Question:
     Attributes:
         name: of the probe.
         config: its entry.
-        form: a value per row, a grid of the view, or a bird's-eye grid.
+        form: a value per row, a grid of the view, a bird's-eye grid, or a future.
         kinds: ways of asking, in order.
         label: name of the label.
         map: the label, where it is a map.
@@ -58,6 +64,8 @@ class Question:
         rows: that all models share.
         counts: of the rows.
         left_out_by: student, or output of a teacher, to the labelled rows it lacks.
+        classifier: of a zero-shot probe, which asks for rows of ``test`` alone.
+        futures: of a trajectory probe, for every row of the bank.
     """
 
     name: str
@@ -73,6 +81,8 @@ class Question:
     rows: SplitRows
     counts: Mapping[str, SplitCount]
     left_out_by: Mapping[str, int]
+    classifier: StoredClassifier | None = None
+    futures: Futures | None = None
 
     def seen(self, split: str) -> Tensor | None:
         """Returns (rows, R, K) bool: bird's-eye cells that every model has; or None."""
@@ -168,6 +178,8 @@ class Resolver:
         section, _, label = rest.partition("/")
         found: MapLabel | None = None
         form: QuestionForm = "value"
+        if first == TRAJECTORIES:
+            return self._resolve_future(name, config, rest)
         if first == DATA:
             label, found = rest, map_label(self._probe.data, rest, f"{where}.label")
             num_classes = found.num_classes
@@ -176,13 +188,27 @@ class Resolver:
             num_classes = num_label_classes(self._bank, label, f"{where}.label")
         else:
             raise TrainingError(
-                f"{where}.label must be {bank_name}/{LABELS}/NAME or {DATA}/NAME, got "
-                f"{config.label!r}"
+                f"{where}.label must be {bank_name}/{LABELS}/NAME, {DATA}/NAME or "
+                f"{TRAJECTORIES}/NAME, got {config.label!r}"
             )
         kinds = _kinds(config, found is not None, num_classes, where)
+        classifier: StoredClassifier | None = None
+        splits: Sequence[str] = SPLITS
         if found is None:
-            known = bank_label(self._bank, label)[1]
-            lines, grid, size = self._lines.of_values(), None, None
+            known, grid, size = bank_label(self._bank, label)[1], None, None
+            if config.classifier is None:
+                lines = self._lines.of_values()
+            else:
+                path, classifier = self._classifier(
+                    config.classifier, num_classes, where
+                )
+                kinds, splits = (ZERO_SHOT,), SPLITS[-1:]
+                lines = self._lines.of_embeddings(path, self._probe.seed)
+        elif config.classifier is not None:
+            raise TrainingError(
+                f"{where}.label must be a class of the bank's for a `classifier`, got "
+                f"the map {config.label}"
+            )
         elif found.extent is None:
             assert found.input is not None
             try:
@@ -210,7 +236,7 @@ class Resolver:
                 f"{where}.grid must be at most the label's {size[0]} x {size[1]}, got "
                 f"{grid[0]} x {grid[1]}; set a smaller `grid`"
             )
-        rows, counts, left_out_by = self._shared_rows(lines, known, where)
+        rows, counts, left_out_by = self._shared_rows(lines, known, splits, where)
         return Question(
             name,
             config,
@@ -225,7 +251,63 @@ class Resolver:
             rows,
             counts,
             left_out_by,
+            classifier,
         )
+
+    def _resolve_future(self, name: str, config: ProbeConfig, label: str) -> Question:
+        where, known_names = f"probes.{name}", self._probe.trajectories
+        if label not in known_names:
+            raise TrainingError(
+                f"{where}.label must be one of trajectories "
+                f"({', '.join(known_names) or 'none'}), got {label!r}"
+            )
+        if config.kinds or config.grid or config.classifier:
+            raise TrainingError(
+                f"{where} must have no `kinds`, `grid` or `classifier`: a trajectory "
+                "is asked for in one way; leave them out"
+            )
+        futures = read_futures(self._bank, known_names[label], f"trajectories.{label}")
+        lines = self._lines.of_values()
+        return Question(
+            name,
+            config,
+            "trajectory",
+            ("trajectory",),
+            label,
+            None,
+            None,
+            None,
+            None,
+            tuple(lines),
+            *self._shared_rows(lines, futures.known, SPLITS, where),
+            futures=futures,
+        )
+
+    def _classifier(
+        self, source: str, num_classes: int | None, where: str
+    ) -> tuple[str, StoredClassifier]:
+        """Returns the path of a classifier's embeddings, and the classifier.
+
+        Raises:
+            TrainingError: it does not fit the label, or the bank lacks the embeddings.
+            BankError: the output comes from no classifier.
+        """
+        path = find_output(self._bank, source, "", f"{where}.classifier")
+        found = self._bank.classifier(path)
+        if num_classes != len(found.classes):
+            got = "none" if num_classes is None else str(num_classes)
+            raise TrainingError(
+                f"{where}.label must have the {len(found.classes)} classes of "
+                f"{path}'s classifier ({found.classes[0]}, ...), got {got}; take the "
+                "label that it was made for"
+            )
+        embed = f"{path.rpartition('/')[0]}/{EMBED}"
+        if embed not in self._bank.outputs:
+            raise TrainingError(
+                f"{where}.classifier: the bank must have {embed} beside {path}, which "
+                f"students learn to give; add `{EMBED}: {{}}` to the teacher's outputs"
+            )
+        return embed, found
 
     # On which rows.
 
@@ -244,11 +326,12 @@ class Resolver:
         return map_size(self._bank, self.shards, label, rows, fallback)
 
     def _shared_rows(
-        self, lines: Sequence[Line], known: Bools, where: str
+        self, lines: Sequence[Line], known: Bools, splits: Sequence[str], where: str
     ) -> tuple[SplitRows, dict[str, SplitCount], dict[str, int]]:
         """Returns the rows of each split that all models have, and who lacks others."""
         shared, left_out_by = known.copy(), {}
-        anywhere = np.logical_or.reduce(list(self._splits.values())) & known
+        asked_of = {name: self._splits[name] for name in splits}
+        anywhere = np.logical_or.reduce(list(asked_of.values())) & known
         for line in lines:
             if line.source is None:
                 continue
@@ -258,7 +341,7 @@ class Resolver:
                 is_teacher = line.role == "teacher"
                 left_out_by[str(line.features) if is_teacher else line.model] = lacking
         rows, counts = {}, {}
-        for name, asked in self._splits.items():
+        for name, asked in asked_of.items():
             rows[name] = np.flatnonzero(asked & shared).astype(np.int64)
             counts[name] = SplitCount(
                 asked=int(asked.sum()),

@@ -313,7 +313,7 @@ def _dot(a: Tensor, b: Tensor) -> float:
 def ridge_path(
     rotated_NR: Tensor,
     spectrum_R: Tensor,
-    numbers_N: Tensor,
+    numbers: Tensor,
     penalties: Sequence[float],
 ) -> Iterator[LinearMap]:
     """Yields the minimiser of penalised squared error for each penalty, in turn.
@@ -325,14 +325,15 @@ def ridge_path(
     Args:
         rotated_NR: (N, R) float64, of the fit split, of mean 0.
         spectrum_R: (R,) float64, the basis's.
-        numbers_N: (N,) float64.
+        numbers: (N,) or (N, K) float64.
         penalties: positive.
 
     Source: Hastie, Tibshirani and Friedman, "The elements of statistical learning"
         (2009), equation 3.47.
     """
-    mean = numbers_N.mean()
-    along_R = rotated_NR.T @ (numbers_N - mean) / len(numbers_N)
+    numbers_NK = numbers.reshape(len(numbers), -1)
+    mean_K = numbers_NK.mean(0)
+    along_RK = rotated_NR.T @ (numbers_NK - mean_K) / len(numbers)
     for penalty in penalties:
-        weight_R = along_R / (spectrum_R + penalty)
-        yield LinearMap(penalty, weight_R.unsqueeze(1), mean.unsqueeze(0), 0.0)
+        weight_RK = along_RK / (spectrum_R + penalty).unsqueeze(1)
+        yield LinearMap(penalty, weight_RK, mean_K, 0.0)

@@ -22,10 +22,12 @@ class ModelScore:
 
     Attributes:
         model: its name.
-        role: what it is: teachers are a reference, not a ceiling; random is the floor.
-        features: ``cls``, ``pooled`` or ``patch`` of a student; an output of the bank;
-            None where it has none that fits.
-        kind: ``knn``, ``linear`` or ``dense``; None without a score.
+        role: what it is: teachers are a reference, not a ceiling; random is the floor;
+            a baseline has no features.
+        features: ``cls``, ``pooled`` or ``patch`` of a student, or its ``head`` of a
+            target; an output of the bank; None where it has none that fits.
+        kind: ``knn``, ``linear``, ``dense``, ``zero_shot`` or ``trajectory``; None
+            without a score.
         scale: ``raw``, or ``standardised`` by the fit split; None without a score.
         score: None where there is ``reason``.
         reason: why there is none.

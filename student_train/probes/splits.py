@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.bank.statistics import floored_std
 from student_train.errors import TrainingError
 
 Values = npt.NDArray[np.generic] | Tensor
@@ -134,6 +135,21 @@ def vector_tensors(
         tensors[name] = features_ND
     check_rows_and_widths(tensors)
     return tensors
+
+
+def standardised(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns vectors by split, standardised by the fit split's mean and deviation.
+
+    Args:
+        features: (N, C) float32 by split; deviations are floored as the bank's are.
+    """
+    fit = features["fit"].double()
+    std = torch.from_numpy(floored_std(fit.var(0, correction=0).numpy()))
+    mean = fit.mean(0)
+    return {
+        split: ((values.double() - mean) / std).float()
+        for split, values in features.items()
+    }
 
 
 def as_labels(name: str, labels: Values, device: torch.device) -> Tensor:

@@ -17,12 +17,15 @@ import torch
 from torch import Tensor
 
 from manifests.recipe import MapLabel
+from manifests.trajectory import TrajectoryConfig
 from pipeline.bank.open import Bank
 from student_train.dataset import BankDataset
 from student_train.errors import TrainingError
 from student_train.inputs import Size
 from student_train.probes.features import Bools, SplitRows
+from student_train.probes.trajectory import Futures
 from student_train.reading import Reading
+from student_train.tasks import num_label_classes
 
 _LABEL = "label"
 _LARGEST_INT16 = 2**15
@@ -38,6 +41,39 @@ def bank_label(bank: Bank, name: str) -> tuple[npt.NDArray[np.generic], Bools]:
     if np.issubdtype(values.dtype, np.integer):
         return values.astype(np.int64), values >= 0
     return values.astype(np.float64), np.isfinite(values)
+
+
+def read_futures(bank: Bank, config: TrajectoryConfig, where: str) -> Futures:
+    """Returns every row's future and state; not-a-number where a label is missing.
+
+    Raises:
+        TrainingError: the bank lacks a label, or one is of classes.
+    """
+
+    def column(name: str, field: str) -> npt.NDArray[np.float64]:
+        num_classes = num_label_classes(bank, name, f"{where}.{field}")
+        if num_classes is not None:
+            raise TrainingError(
+                f"{where}.{field} must be a number label, got {name} of {num_classes} "
+                "classes; leave `num_classes` out of the job's label"
+            )
+        return bank_label(bank, name)[0].astype(np.float64)
+
+    waypoints = [
+        np.stack([column(x, "waypoints"), column(y, "waypoints")], -1)
+        for x, y in config.waypoints
+    ]
+    fields = {config.speed: "speed", config.yaw_rate: "yaw_rate"}
+    state = [column(name, fields.get(name, "ego")) for name in config.state]
+    if config.yaw_rate is None:
+        yaw_rate_N = np.zeros(bank.record.num_rows)
+    else:
+        yaw_rate_N = state[config.state.index(config.yaw_rate)]
+    drives_N = None
+    if config.sequence is not None:
+        num_label_classes(bank, config.sequence, f"{where}.sequence")
+        drives_N = bank_label(bank, config.sequence)[0]
+    return Futures(np.stack(waypoints, 1), np.stack(state, 1), yaw_rate_N, drives_N)
 
 
 def map_size(

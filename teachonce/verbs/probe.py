@@ -22,9 +22,22 @@ _ROLES = {
     "student": "student",
     "random": "random weights (floor)",
     "teacher": "teacher reference",
+    "baseline": "without features",
 }
 # What is shown beside the value, of the details on `test`.
-_MORE = ("pixel_accuracy", "rmse_log", "rmse", "r_squared")
+_MORE = (
+    "top5_accuracy",
+    "pixel_accuracy",
+    "rmse_log",
+    "rmse",
+    "r_squared",
+    "reduction_low",
+    "reduction_high",
+    "ade",
+    "fde",
+    "turning_reduction",
+    "turning_fde",
+)
 _NONE = "-"
 
 
@@ -111,7 +124,10 @@ def _cells(one: ModelScore) -> dict[tuple[str, str, str], str]:
 
 def _heading(kind: str, scale: str, metric: str) -> str:
     words = metric.replace("_", " ")
-    return f"{kind} {scale} {words}" if kind == "knn" else f"{kind} {words}"
+    if kind == "knn":
+        return f"{kind} {scale} {words}"
+    # A trajectory is all that its table has.
+    return words if kind == "trajectory" else f"{kind.replace('_', '-')} {words}"
 
 
 def _remarks(question: QuestionResult) -> list[str]:
@@ -120,6 +136,15 @@ def _remarks(question: QuestionResult) -> list[str]:
         if one.score is not None and "majority_accuracy" in one.score.details:
             share = one.score.details["majority_accuracy"]
             found.append(f"always the most frequent class: {share:.4f}")
+            break
+    for one in question.scores:
+        if one.score is not None and "chance" in one.score.details:
+            found.append(f"chance: {one.score.details['chance']:.4f}")
+            break
+    for one in question.scores:
+        if one.score is not None and "num_turning" in one.score.details:
+            num = int(one.score.details["num_turning"])
+            found.append(f"rows of test that turn: {num}; ade and fde are in metres")
             break
     found += [
         f"{one.model}: {one.reason}"

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from manifests.inputs import LabelConfig
 from manifests.job import Job
 from manifests.loading import load_job
+from manifests.recipe import Probe, Recipe
 from manifests.recipe_loading import load_probe, load_recipe
 from manifests.teacher import TeacherConfig
 from manifests.yaml_text import parse_yaml
@@ -18,7 +21,8 @@ from tests.conftest import ROOT
 
 FOLDER = ROOT / "manifests" / "examples"
 EXAMPLES = sorted(FOLDER.glob("*.yaml"))
-RECIPES = sorted(p for p in (FOLDER / "recipes").glob("*.yaml") if p.stem != "probe")
+PROBES = sorted((FOLDER / "recipes").glob("probe*.yaml"))
+RECIPES = sorted(set((FOLDER / "recipes").glob("*.yaml")) - set(PROBES))
 PROBE = FOLDER / "recipes" / "probe.yaml"
 
 
@@ -37,9 +41,15 @@ def job_of(bank: str) -> Job:
 
 def added_teachers(path: Path) -> dict[str, TeacherConfig]:
     """Teachers that a comment says to add to the job, five columns in."""
+    return {
+        name: TeacherConfig.model_validate(one) for name, one in added(path).items()
+    }
+
+
+def added(path: Path) -> dict[str, Any]:
+    """What stands five columns in in a comment."""
     text = "\n".join(line for line in comment_of(path) if line.startswith(" " * 5))
-    fields = parse_yaml(text.encode(), path.name) if text else {}
-    return {name: TeacherConfig.model_validate(one) for name, one in fields.items()}
+    return parse_yaml(text.encode(), path.name) if text else {}
 
 
 def assert_held(job: Job, teachers: dict[str, TeacherConfig], source: str) -> None:
@@ -90,9 +100,9 @@ def test_a_recipe_learns_what_an_example_makes(path):
     assert recipe.student.weights is None
 
 
-@pytest.mark.parametrize("path", [*RECIPES, PROBE], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [*RECIPES, *PROBES], ids=lambda path: path.stem)
 def test_a_recipe_says_how_it_is_run_and_where_its_numbers_are_from(path):
-    verb = "probe" if path == PROBE else "train"
+    verb = "probe" if path in PROBES else "train"
     comment = comment_of(path)
     assert any(
         line.strip().startswith(f"teachonce {verb} {path.name}") for line in comment
@@ -247,6 +257,50 @@ def test_the_probe_asks_what_the_recipes_trained():
         learned = recipe.data.rows.share[1]
         assert splits.fit.share[1] <= learned <= splits.choose.share[0]
     assert splits.choose.share[1] <= splits.test.share[0]
+
+
+def student_of(probe: Probe) -> Recipe:
+    """The recipe of a probe's only student, which learned from the probe's bank."""
+    (run,) = probe.students.values()
+    (recipe,) = (one for one in map(load_recipe, map(str, RECIPES)) if one.run == run)
+    assert list(recipe.banks.values()) == list(probe.banks.values())
+    return recipe
+
+
+def test_the_zero_shot_probe_asks_through_a_head_that_was_trained():
+    path = FOLDER / "recipes" / "probe_zero_shot.yaml"
+    probe = load_probe(str(path))
+    job = job_of(*probe.banks.values())
+    (question,) = probe.probes.values()
+    name, output = question.classifier.split("/")
+    teacher = added_teachers(path)[name]
+    assert teacher.outputs[output].classifier is not None
+    # What the comment adds is one output; the rest is the example's own teacher.
+    kept = {key: one for key, one in teacher.outputs.items() if key != output}
+    assert teacher.model_copy(update={"outputs": kept}) == job.teachers[name]
+    sources = {one.source for one in student_of(probe).targets.values()}
+    assert f"in1k/{name}/embed" in sources
+    assert_held(job, {}, question.label.partition("/")[2])
+    for outputs in probe.teachers.values():
+        assert outputs == [f"{name}/embed"]
+
+
+def test_the_trajectory_probe_asks_for_labels_that_its_comment_adds():
+    path = FOLDER / "recipes" / "probe_trajectory.yaml"
+    probe = load_probe(str(path))
+    labels = {key: LabelConfig.model_validate(one) for key, one in added(path).items()}
+    (future,) = probe.trajectories.values()
+    named = [name for pair in future.waypoints for name in pair] + future.state
+    assert {*named, future.sequence} == set(labels)
+    assert len(future.waypoints) * future.step_s == 3.0
+    for step, (x, y) in enumerate(future.waypoints):
+        assert labels[x].path == f"future.{step}.0"
+        assert labels[y].path == f"future.{step}.1"
+    job = job_of(*probe.banks.values())
+    assert student_of(probe).student.input in job.inputs
+    for outputs in probe.teachers.values():
+        for source in outputs:
+            assert_held(job, {}, source)
 
 
 @pytest.mark.parametrize(

@@ -429,6 +429,11 @@ def test_rules_of_a_recipe(tmp_path, fields, message):
     assert "\n" not in str(caught.value)
 
 
+def with_future(**fields):
+    future = {"waypoints": [["x1", "y1"]], "step_s": 0.5, "speed": "v"}
+    return {"trajectories": {"far": {**future, **fields}}}
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -447,8 +452,22 @@ def test_rules_of_a_recipe(tmp_path, fields, message):
             "probes.a.kinds.0: must be 'knn', 'linear' or 'dense'",
         ),
         ({"probes": {"a": {"label": "x", "grid": [3]}}}, "probes.a.grid.1: missing"),
+        (
+            {"probes": {"a": {"label": "x", "classifier": "c", "kinds": ["knn"]}}},
+            "probes.a: `classifier` is a way of asking by itself: leave out `kinds`",
+        ),
         ({"batch": 0}, "batch: input should be greater than or equal to 1"),
         ({"banks": {"data": "x"}}, "name of bank must not be data"),
+        ({"banks": {"trajectories": "x"}}, "name of bank must not be trajectories"),
+        (
+            with_future(waypoints=[["x1", "y1"], ["x2", "y1"]]),
+            "trajectories.far: `waypoints` must name each label once, got y1",
+        ),
+        (
+            with_future(ego=["x1"]),
+            "the state must tell nothing of the future, got x1 in both",
+        ),
+        (with_future(step_s=0), "trajectories.far.step_s: input should be greater"),
         ({"banks": {}}, "banks: dictionary should have at least 1 item"),
     ],
 )
@@ -492,3 +511,10 @@ def test_documents_are_frozen():
     ):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(model, name, "other")
+
+
+def test_the_state_of_a_future_has_each_label_once(tmp_path):
+    fields = {**PROBE, **with_future(yaw_rate="w", ego=["a", "v", "w"])}
+    future = load_probe(write(tmp_path, fields)).trajectories["far"]
+    assert future.state == ["v", "w", "a"]
+    assert (future.turn_m, future.sequence) == (2.0, None)

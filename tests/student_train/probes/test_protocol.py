@@ -15,8 +15,9 @@ from pipeline.bank.open import open_bank
 from student_train.probes import protocol
 from student_train.probes.dense import DenseSplit, dense_number_probe
 from student_train.probes.linear import RIDGE_PENALTIES
-from student_train.probes.protocol import ProbeRun, standardised
+from student_train.probes.protocol import ProbeRun
 from student_train.probes.result import ModelScore, ProbeResult, write_result
+from student_train.probes.splits import standardised
 from tests import probing
 
 CLASS = {"main": {"label": "main/labels/class"}}

@@ -66,8 +66,11 @@ def test_unknown_things(probe):
         r"label: label must be one of data\.labels \(seg, .*\), got 'sky'": {
             "probes": {"p": {"label": "data/sky"}}
         },
-        r"label must be main/labels/NAME or data/NAME, got 'main/blocks/patch'": {
+        r"label must be main/labels/NAME, .* or trajectories/NAME, got 'main/blocks/": {
             "probes": {"p": {"label": "main/blocks/patch"}}
+        },
+        r"p\.label must be one of trajectories \(none\), got 'far'": {
+            "probes": {"p": {"label": "trajectories/far"}}
         },
         r"teachers\.t: teacher must be one of the bank's .*, got 'dino'": {
             "teachers": {"t": ["dino/cls"]}
