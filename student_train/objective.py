@@ -40,9 +40,9 @@ class Objective(nn.Module):
         heads: by target; those that use another's are not among them.
         spaces: by target of features: what is kept of the bank's statistics.
         needs_layers: whether a head looks at the student's layers.
-        total_of: from the (T,) numbers of images that count for each target here, to
-            what sums are divided by. With several ranks: the all-reduced numbers
-            divided by the number of ranks, as gradients are averaged over them.
+        total_of: from numbers of images that count here, (2 T,) float32 as kept by
+            balance and as valid for each target, to what sums are divided by. With
+            several ranks: the mean of their numbers, as gradients are averaged too.
     """
 
     def __init__(
@@ -152,17 +152,20 @@ class Objective(nn.Module):
         kept = valid
         if self._dropping is not None:
             kept = self._dropping.kept(per_image, valid, batch)
-        counts_T = torch.stack([kept[task.name].sum() for task in self.tasks])
-        totals_T = self.total_of(counts_T.float())
+        counts_2T = torch.stack(
+            [one[task.name].sum() for one in (kept, valid) for task in self.tasks]
+        )
+        kept_T, valid_T = self.total_of(counts_2T.float()).chunk(2)
         total = torch.stack(
             [
                 task.config.weight
                 * reduce(per_image[task.name], kept[task.name], count)
-                for task, count in zip(self.tasks, totals_T, strict=True)
+                for task, count in zip(self.tasks, kept_T, strict=True)
             ]
         ).sum()
         shares = {
-            name: reduce(one.detach(), valid[name]) for name, one in per_image.items()
+            task.name: reduce(per_image[task.name].detach(), valid[task.name], count)
+            for task, count in zip(self.tasks, valid_T, strict=True)
         }
         return total, shares
 

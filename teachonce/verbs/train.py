@@ -11,6 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from manifests.recipe_loading import load_recipe
+from student_train.ranks import joined
 from student_train.trainer import Outcome, Progress, Trainer
 from teachonce.verbs import text
 
@@ -94,8 +95,13 @@ def print_outcome(trainer: Trainer, outcome: Outcome) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; exit 1 where it was stopped before the end."""
-    trainer = Trainer(load_recipe(args.recipe, args.overrides))
-    outcome = train(trainer, args.quiet or args.json)
+    recipe = load_recipe(args.recipe, args.overrides)
+    with joined(recipe.engine.device) as ranks:
+        with ranks.as_one():
+            trainer = Trainer(recipe, ranks=ranks)
+        outcome = train(trainer, args.quiet or args.json or not ranks.is_first)
+    if not ranks.is_first:
+        return 0 if outcome.is_done else 1
     if args.json:
         text.print_json(facts_of(trainer, outcome))
     else:
