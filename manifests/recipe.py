@@ -184,6 +184,12 @@ class StageConfig(Strict):
     steps: int | None = Field(None, ge=1, description="or epochs")
     epochs: int | None = Field(None, ge=1, description="or steps")
     batch: int = Field(ge=1, description="samples of a step, over all ranks")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts that the batch goes through the student in, to save memory; "
+        "the gradient is the whole batch's, but batch norm sees each part alone",
+    )
     lr: float = Field(gt=0, description="highest learning rate")
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
@@ -199,6 +205,11 @@ class StageConfig(Strict):
     def _has_length(self) -> StageConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give `steps` or `epochs`, one of them")
+        if self.accumulate > self.batch:
+            raise ValueError(
+                f"accumulate must be at most batch ({self.batch}), got "
+                f"{self.accumulate}"
+            )
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps must be fewer than steps ({self.steps}), got "
@@ -283,6 +294,12 @@ class Recipe(Strict):
                     f"targets.{name}.head.same_as must be a target with a head of its "
                     f"own, got {other!r}"
                 )
+        if self.balance.kind != "fixed" and any(s.accumulate > 1 for s in self.stages):
+            raise ValueError(
+                "accumulate must be 1 with `balance: drop_teachers`, which weighs the "
+                "losses of a whole step's images before any is learned from; take a "
+                "smaller batch, or more ranks"
+            )
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages must have different names, got {names}")

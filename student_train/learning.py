@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifests.recipe import Recipe
-from student_train.batches import Batch
+from student_train.batches import Batch, split_batch
 from student_train.errors import TrainingError
 from student_train.features import Student
 from student_train.objective import Objective
@@ -32,13 +32,15 @@ class Modules(nn.Module):
         self.objective = objective
 
     def forward(
-        self, batch: Batch, input_name: str
+        self, batch: Batch, input_name: str, totals_2T: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the whole loss and each target's share, as the objective does."""
         objective = self.objective
         features = self.student(batch.inputs[input_name], layers=objective.needs_layers)
-        loss: tuple[Tensor, dict[str, Tensor]] = objective(features, batch, input_name)
-        return loss
+        found: tuple[Tensor, dict[str, Tensor]] = objective(
+            features, batch, input_name, totals_2T
+        )
+        return found
 
 
 @dataclass(frozen=True)
@@ -77,23 +79,28 @@ class Learner:
             for one in modules.state_dict().values():
                 ranks.copy_first(one)
 
-    def step(self, batch: Batch, optimizer: Optimizer, rate: float) -> Step:
+    def step(
+        self, batch: Batch, optimizer: Optimizer, rate: float, parts: int = 1
+    ) -> Step:
         """Makes one step.
 
         Args:
             batch: this rank's rows of it.
             optimizer: over the modules' parameters.
             rate: of learning.
+            parts: that the rows go through the student in, one after the other.
         """
-        recipe = self._recipe
+        recipe, objective = self._recipe, self._modules.objective
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = batch.to(self._device)
-        is_half = recipe.precision == "bfloat16"
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
-            loss, shares = self._modules(batch, recipe.student.input)
+        pieces, totals_2T = [batch], None
+        if parts > 1:
+            pieces = split_batch(batch, parts)
+            counts = [objective.counts(one, recipe.student.input) for one in pieces]
+            totals_2T = objective.total_of(torch.stack(counts).sum(0))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses = torch.stack([self._learn(piece, totals_2T) for piece in pieces]).sum(0)
         self._average_gradients()
         limit = recipe.optimizer.clip_norm
         norm = nn.utils.clip_grad_norm_(
@@ -101,8 +108,18 @@ class Learner:
         )
         optimizer.step()
         # Every rank's sums are of its own images, over the number of all.
-        told = self._ranks.mean(torch.stack([loss.detach(), *shares.values()]))
-        return Step(told[0], norm, dict(zip(shares, told[1:], strict=True)))
+        losses = self._ranks.mean(losses)
+        names = [task.name for task in objective.tasks]
+        return Step(losses[0], norm, dict(zip(names, losses[1:], strict=True)))
+
+    def _learn(self, batch: Batch, totals_2T: Tensor | None) -> Tensor:
+        """Adds a part's gradient; returns its loss and shares: (1 + T,)."""
+        recipe = self._recipe
+        is_half = recipe.precision == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=is_half):
+            loss, shares = self._modules(batch, recipe.student.input, totals_2T)
+        loss.backward()
+        return torch.stack([loss.detach(), *shares.values()])
 
     def _average_gradients(self) -> None:
         """Gives every rank the mean of all ranks' gradients.

@@ -306,7 +306,7 @@ class Trainer:
                 )
                 with meter.waiting(), self.ranks.as_one():
                     batch = next(batches)
-                step = self.step(batch, optimizer, rate)
+                step = self.step(batch, optimizer, rate, stage.accumulate)
                 position = _after(position, dataset.num_steps)
                 meter.count(stage.batch)
                 value = self._check(step, position, batch)
@@ -327,11 +327,13 @@ class Trainer:
                     meter.wait_share,
                 )
 
-    def step(self, batch: Batch, optimizer: Optimizer, rate: float) -> Step:
+    def step(
+        self, batch: Batch, optimizer: Optimizer, rate: float, parts: int = 1
+    ) -> Step:
         """Makes one step; returns loss, norm of its gradient and shares before it."""
         if self._learner is None:
             self._learner = Learner(self.recipe, self.modules, self.device, self.ranks)
-        return self._learner.step(batch, optimizer, rate)
+        return self._learner.step(batch, optimizer, rate, parts)
 
     def _check(self, step: Step, position: Position, batch: Batch) -> float:
         """Returns the loss of a step that went well."""
