@@ -133,6 +133,11 @@ class StudentConfig(Strict):
     interpolation: Interpolation = Field(
         "bicubic", description="filter of the one resize"
     )
+    checkpointing: bool = Field(
+        False,
+        description="activations are computed again in the backward pass: less memory, "
+        "a third more arithmetic",
+    )
 
     @field_validator("model")
     @classmethod
@@ -252,6 +257,22 @@ class DeviceConfig(Strict):
     )
 
 
+class EngineConfig(DeviceConfig):
+    """Where and how the student is trained."""
+
+    compile: bool = Field(
+        False, description="torch.compile, at the first step of each input size"
+    )
+
+
+class EmaConfig(Strict):
+    """A second student whose weights are a running average of the first's."""
+
+    decay: float = Field(
+        0.9999, gt=0, lt=1, description="share of the average that each step keeps"
+    )
+
+
 class Recipe(Strict):
     """Everything a student is trained from."""
 
@@ -274,12 +295,23 @@ class Recipe(Strict):
     loader: LoaderConfig = Field(default_factory=LoaderConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     stages: list[StageConfig] = Field(min_length=1)
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the student's arithmetic; losses are float32"
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="of the student's arithmetic; losses are float32. float16: with a "
+        "scaled loss; a step whose gradient overflows is left out",
+    )
+    ema: EmaConfig | None = Field(
+        None, description="averaged weights, exported to student-ema"
     )
     seed: int = Field(0, ge=0, lt=2**63)
+    require_license: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="licences that the data and the targets' teachers may have; any "
+        "other is refused before training",
+    )
     checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    engine: DeviceConfig = Field(default_factory=DeviceConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:

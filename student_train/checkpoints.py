@@ -28,6 +28,8 @@ from student_train.errors import TrainingError
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 _UNFINISHED = re.compile(r"step-\d{9}\.tmp")
 _POSITION = "position"
+_MADE = "made_from"
+_LEARNING = "learning/"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,8 @@ def save_checkpoint(
     modules: nn.Module,
     optimizer: Optimizer,
     random: Sequence[Mapping[str, Tensor]] = (),
+    learning: Mapping[str, Tensor] | None = None,
+    made_from: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint and removes those before it; returns its path.
 
@@ -64,6 +68,8 @@ def save_checkpoint(
         modules: student and heads.
         optimizer: over ``modules``' parameters.
         random: `random_state` of every rank; of this process alone if omitted.
+        learning: what else steps depend on, by name.
+        made_from: said in its metadata: recipe, bank, licence.
 
     Raises:
         StorageError: it cannot be written; the one before it is still there.
@@ -76,8 +82,10 @@ def save_checkpoint(
     for rank, state in enumerate(random or [random_state(modules)]):
         for kind, value in state.items():
             tensors[f"{_random_of(rank)}{kind}"] = value
+    tensors |= {f"{_LEARNING}{name}": one for name, one in (learning or {}).items()}
     path = folder / f"step-{position.step:09d}.safetensors"
-    _write(path, tensors, {_POSITION: json.dumps(asdict(position))})
+    said = {_POSITION: asdict(position), **({_MADE: made_from} if made_from else {})}
+    _write(path, tensors, {name: json.dumps(one) for name, one in said.items()})
     for other in folder.iterdir():
         found = _NAME.fullmatch(other.name)
         is_older = found and int(found[1]) < position.step
@@ -171,6 +179,16 @@ def read_position(path: Path) -> Position:
             f"{path} must be a checkpoint, but it is damaged ({error}); remove it to "
             "start from the beginning"
         ) from error
+
+
+def read_learning(path: Path) -> dict[str, Tensor]:
+    """Returns what a checkpoint was given as ``learning``."""
+    with safe_open(path, "pt") as file:
+        return {
+            name.removeprefix(_LEARNING): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118
+            if name.startswith(_LEARNING)
+        }
 
 
 def load_checkpoint(

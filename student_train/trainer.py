@@ -11,8 +11,7 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from student_train.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     random_state,
+    read_learning,
     read_position,
     save_checkpoint,
     save_heads,
@@ -37,10 +37,21 @@ from student_train.errors import TrainingError
 from student_train.export import export_student
 from student_train.features import Student
 from student_train.inputs import Size
-from student_train.learning import Learner, Modules, Step, share_batch_norms
+from student_train.learning import Learner, Modules, Step
+from student_train.licences import (
+    check_licences,
+    licence_facts,
+    student_licences,
+)
+from student_train.model_modes import (
+    compile_features,
+    forget_activations,
+    share_batch_norms,
+)
 from student_train.objective import Objective
 from student_train.optimizers import make_optimizer
 from student_train.order import rank_seed
+from student_train.outcome import Outcome, Progress
 from student_train.ranks import Ranks
 from student_train.run_facts import run_facts
 from student_train.run_folder import RunFolder
@@ -50,40 +61,6 @@ from student_train.selection import select_rows
 from student_train.stage_sizes import StageSizes
 from student_train.students import make_student, seeded
 from student_train.tasks import Task, reading_of, resolve_tasks
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What is said of a step while training runs.
-
-    Attributes:
-        position: after the step.
-        stage: name of the stage.
-        loss: of the step's batch.
-        samples_per_s: since the last report.
-        wait_share: of the time since then that went by waiting for data.
-    """
-
-    position: Position
-    stage: str
-    loss: float
-    samples_per_s: float
-    wait_share: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        folder: of the run.
-        is_done: whether all stages are done.
-        result: steps, seconds, samples per second, share of waiting, last losses.
-    """
-
-    folder: Path
-    is_done: bool
-    result: dict[str, Any]
 
 
 class Trainer:
@@ -109,6 +86,9 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.device = choose_device(recipe.engine.device, self.ranks)
         self.tasks: tuple[Task, ...] = resolve_tasks(recipe, self.bank)
+        self.licences = student_licences(self.bank, self.tasks)
+        if recipe.require_license is not None:
+            check_licences(self.licences, recipe.require_license)
         self.folder = RunFolder(recipe.run)
         if recipe.engine.threads is not None:
             torch.set_num_threads(recipe.engine.threads)
@@ -129,6 +109,10 @@ class Trainer:
         self._has_begun = False
         share_batch_norms(self.modules, self.device, self.ranks)
         self.modules.to(self.device)
+        if recipe.student.checkpointing:
+            forget_activations(student)
+        if recipe.engine.compile:
+            compile_features(student, objective)
         self._learner: Learner | None = None
         self._rows = select_rows(self.bank, recipe.data.rows, "data.rows")
         self.datasets = [
@@ -209,7 +193,7 @@ class Trainer:
             optimizer = make_optimizer(self.recipe.optimizer, self.modules)
             with self.ranks.as_one():
                 position = self._begin(optimizer)
-            self._learner = Learner(self.recipe, self.modules, self.device, self.ranks)
+            self._learner = self._make_learner(position)
             columns = [task.name for task in self.tasks]
             log = RunLog(self.folder.path, columns, position.step, self.ranks.is_first)
             meter = Meter()
@@ -265,12 +249,28 @@ class Trainer:
             torch.manual_seed(rank_seed(self.recipe.seed, 0, number))
         return Position()
 
+    def _make_learner(self, position: Position) -> Learner:
+        """Returns what makes steps, as it was at a position that is loaded."""
+        learner = Learner(self.recipe, self.modules, self.device, self.ranks)
+        checkpoint = latest_checkpoint(self.folder.checkpoints)
+        if position.step and checkpoint is not None:
+            with self.ranks.as_one():
+                learner.load_state(read_learning(checkpoint))
+        return learner
+
     def _save(self, position: Position, optimizer: Optimizer) -> None:
         random = self.ranks.gather(random_state(self.modules))
         with self.ranks.as_one():
             if self.ranks.is_first:
+                assert self._learner is not None
                 save_checkpoint(
-                    self.folder.checkpoints, position, self.modules, optimizer, random
+                    self.folder.checkpoints,
+                    position,
+                    self.modules,
+                    optimizer,
+                    random,
+                    self._learner.state(),
+                    self._made_from(),
                 )
 
     def _next_stage(self, position: Position) -> Position:
@@ -332,14 +332,14 @@ class Trainer:
     ) -> Step:
         """Makes one step; returns loss, norm of its gradient and shares before it."""
         if self._learner is None:
-            self._learner = Learner(self.recipe, self.modules, self.device, self.ranks)
+            self._learner = self._make_learner(Position())
         return self._learner.step(batch, optimizer, rate, parts)
 
     def _check(self, step: Step, position: Position, batch: Batch) -> float:
         """Returns the loss of a step that went well."""
         value = float(step.loss)
         # A gradient may overflow while its loss does not: no checkpoint of it.
-        if math.isfinite(value) and torch.isfinite(step.norm):
+        if math.isfinite(value) and (step.is_skipped or torch.isfinite(step.norm)):
             return value
         raise TrainingError(
             f"loss and gradient must be finite, got {value} and a norm of "
@@ -359,19 +359,32 @@ class Trainer:
             **run_facts(self.recipe, self.bank, self.tasks, self._rows),
         }
 
+    def _made_from(self) -> dict[str, Any]:
+        """Returns what tells these weights from others, and whose they are."""
+        return {
+            "recipe": digest(self.recipe.model_dump(mode="json", by_alias=True)),
+            "bank": self.bank.url,
+            "bank_state": digest(self._facts()),
+            **licence_facts(self.licences),
+        }
+
     def _finish(self, position: Position, meter: Meter, log: RunLog) -> Outcome:
         result = meter.result(position) | {"losses": log.last_losses()}
         if not self.ranks.is_first:
             return Outcome(self.folder.path, True, result)
         facts = {
-            "recipe": digest(self.recipe.model_dump(mode="json", by_alias=True)),
-            "bank": self.bank.url,
+            **self._made_from(),
             "input": self.recipe.student.input,
             "steps": position.step,
             "targets": {task.name: task.config.source for task in self.tasks},
         }
         save_heads(self.folder.heads, self.modules.objective.head_state())
         export_student(self.student, self.recipe.student, self.folder.student, facts)
+        if self.recipe.ema is not None:
+            assert self._learner is not None
+            averaged = self._learner.averaged()
+            facts["weights"] = f"averaged over steps, decay {self.recipe.ema.decay}"
+            export_student(averaged, self.recipe.student, self.folder.averaged, facts)
         self.folder.finish(result)
         return Outcome(self.folder.path, True, result)
 

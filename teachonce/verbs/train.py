@@ -10,9 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from manifests.errors import ManifestError
 from manifests.recipe_loading import load_recipe
+from student_train.outcome import Outcome, Progress
 from student_train.ranks import joined
-from student_train.trainer import Outcome, Progress, Trainer
+from student_train.trainer import Trainer
 from teachonce.verbs import text
 
 
@@ -96,6 +98,13 @@ def print_outcome(trainer: Trainer, outcome: Outcome) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains; exit 1 where it was stopped before the end."""
     recipe = load_recipe(args.recipe, args.overrides)
+    if args.require_license:
+        if taken := [name for name in args.require_license if "=" in name]:
+            raise ManifestError(
+                f"--require-license must be names of licences, got {taken[0]}; write "
+                "overrides before it"
+            )
+        recipe = recipe.model_copy(update={"require_license": args.require_license})
     with joined(recipe.engine.device) as ranks:
         with ranks.as_one():
             trainer = Trainer(recipe, ranks=ranks)
