@@ -135,6 +135,11 @@ class StudentConfig(Strict):
     interpolation: Interpolation = Field(
         "bicubic", description="filter of the one resize"
     )
+    checkpointing: bool = Field(
+        False,
+        description="activations are computed again in the backward pass: less memory, "
+        "a third more arithmetic",
+    )
 
     @field_validator("model")
     @classmethod
@@ -186,6 +191,12 @@ class StageConfig(Strict):
     steps: int | None = Field(None, ge=1, description="or epochs")
     epochs: int | None = Field(None, ge=1, description="or steps")
     batch: int = Field(ge=1, description="samples of a step, over all ranks")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="parts that the batch goes through the student in, to save memory; "
+        "the gradient is the whole batch's, but batch norm sees each part alone",
+    )
     lr: float = Field(gt=0, description="highest learning rate")
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
@@ -201,6 +212,11 @@ class StageConfig(Strict):
     def _has_length(self) -> StageConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give `steps` or `epochs`, one of them")
+        if self.accumulate > self.batch:
+            raise ValueError(
+                f"accumulate must be at most batch ({self.batch}), got "
+                f"{self.accumulate}"
+            )
         if self.steps is not None and self.warmup_steps >= self.steps:
             raise ValueError(
                 f"warmup_steps must be fewer than steps ({self.steps}), got "
@@ -243,6 +259,22 @@ class DeviceConfig(Strict):
     )
 
 
+class EngineConfig(DeviceConfig):
+    """Where and how the student is trained."""
+
+    compile: bool = Field(
+        False, description="torch.compile, at the first step of each input size"
+    )
+
+
+class EmaConfig(Strict):
+    """A second student whose weights are a running average of the first's."""
+
+    decay: float = Field(
+        0.9999, gt=0, lt=1, description="share of the average that each step keeps"
+    )
+
+
 class Recipe(Strict):
     """Everything a student is trained from."""
 
@@ -265,12 +297,23 @@ class Recipe(Strict):
     loader: LoaderConfig = Field(default_factory=LoaderConfig)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     stages: list[StageConfig] = Field(min_length=1)
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of the student's arithmetic; losses are float32"
+    precision: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="of the student's arithmetic; losses are float32. float16: with a "
+        "scaled loss; a step whose gradient overflows is left out",
+    )
+    ema: EmaConfig | None = Field(
+        None, description="averaged weights, exported to student-ema"
     )
     seed: int = Field(0, ge=0, lt=2**63)
+    require_license: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="licences that the data and the targets' teachers may have; any "
+        "other is refused before training",
+    )
     checkpoints: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    engine: DeviceConfig = Field(default_factory=DeviceConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
 
     @model_validator(mode="after")
     def _names(self) -> Recipe:
@@ -285,6 +328,12 @@ class Recipe(Strict):
                     f"targets.{name}.head.same_as must be a target with a head of its "
                     f"own, got {other!r}"
                 )
+        if self.balance.kind != "fixed" and any(s.accumulate > 1 for s in self.stages):
+            raise ValueError(
+                "accumulate must be 1 with `balance: drop_teachers`, which weighs the "
+                "losses of a whole step's images before any is learned from; take a "
+                "smaller batch, or more ranks"
+            )
         names = [stage.name for stage in self.stages]
         if len(set(names)) != len(names):
             raise ValueError(f"stages must have different names, got {names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 from collections.abc import Sequence
@@ -79,6 +80,42 @@ class Batch:
             # then the copies, which wait behind the work in the stream, must be done.
             torch.cuda.current_stream(torch.device(device)).synchronize()
         return moved
+
+
+def split_batch(batch: Batch, count: int) -> list[Batch]:
+    """Returns a batch in ``count`` parts of about as many rows, in their order.
+
+    Parts are views of its memory; those without a row are left out.
+    """
+    ends = np.linspace(0, len(batch), count + 1).round().astype(int).tolist()
+    spans = [slice(*pair) for pair in itertools.pairwise(ends) if pair[0] < pair[1]]
+    return [_part(batch, span) for span in spans]
+
+
+def _part(batch: Batch, rows: slice) -> Batch:
+    def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: one[rows] for name, one in tensors.items()}
+
+    return replace(
+        batch,
+        rows=batch.rows[rows],
+        keys=batch.keys[rows],
+        inputs=part(batch.inputs),
+        targets={
+            name: replace(
+                one,
+                arrays=part(one.arrays),
+                valid=one.valid[rows],
+                shares=None if one.shares is None else one.shares[rows],
+            )
+            for name, one in batch.targets.items()
+        },
+        labels=part(batch.labels),
+        cameras={
+            name: Cameras(one.intrinsics[rows], one.lidar2cam[rows])
+            for name, one in batch.cameras.items()
+        },
+    )
 
 
 def merge_batches(parts: Sequence[Batch]) -> Batch:

@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from student_train.errors import TrainingError
 _NAME = re.compile(r"step-(\d{9})\.safetensors")
 _UNFINISHED = re.compile(r"step-\d{9}\.tmp")
 _POSITION = "position"
+_MADE = "made_from"
+_LEARNING = "learning/"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,13 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, position: Position, modules: nn.Module, optimizer: Optimizer
+    folder: Path,
+    position: Position,
+    modules: nn.Module,
+    optimizer: Optimizer,
+    random: Sequence[Mapping[str, Tensor]] = (),
+    learning: Mapping[str, Tensor] | None = None,
+    made_from: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes a checkpoint and removes those before it; returns its path.
 
@@ -59,6 +67,9 @@ def save_checkpoint(
         position: how far training is.
         modules: student and heads.
         optimizer: over ``modules``' parameters.
+        random: `random_state` of every rank; of this process alone if omitted.
+        learning: what else steps depend on, by name.
+        made_from: said in its metadata: recipe, bank, licence.
 
     Raises:
         StorageError: it cannot be written; the one before it is still there.
@@ -68,11 +79,13 @@ def save_checkpoint(
         for kind, value in optimizer.state.get(parameter, {}).items():
             if value is not None:
                 tensors[f"optimizer/{name}/{kind}"] = torch.as_tensor(value)
-    tensors["random/cpu"] = torch.get_rng_state()
-    if (device := _cuda_of(modules)) is not None:
-        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+    for rank, state in enumerate(random or [random_state(modules)]):
+        for kind, value in state.items():
+            tensors[f"{_random_of(rank)}{kind}"] = value
+    tensors |= {f"{_LEARNING}{name}": one for name, one in (learning or {}).items()}
     path = folder / f"step-{position.step:09d}.safetensors"
-    _write(path, tensors, {_POSITION: json.dumps(asdict(position))})
+    said = {_POSITION: asdict(position), **({_MADE: made_from} if made_from else {})}
+    _write(path, tensors, {name: json.dumps(one) for name, one in said.items()})
     for other in folder.iterdir():
         found = _NAME.fullmatch(other.name)
         is_older = found and int(found[1]) < position.step
@@ -80,6 +93,18 @@ def save_checkpoint(
         if is_older or _UNFINISHED.fullmatch(other.name):
             other.unlink()
     return path
+
+
+def random_state(modules: nn.Module) -> dict[str, Tensor]:
+    """Returns the state of the generators that dropout draws from, by kind."""
+    found = {"cpu": torch.get_rng_state()}
+    if (device := _cuda_of(modules)) is not None:
+        found["cuda"] = torch.cuda.get_rng_state(device)
+    return found
+
+
+def _random_of(rank: int) -> str:
+    return f"random/{rank}/" if rank else "random/"
 
 
 def save_heads(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -156,13 +181,26 @@ def read_position(path: Path) -> Position:
         ) from error
 
 
-def load_checkpoint(path: Path, modules: nn.Module, optimizer: Optimizer) -> Position:
+def read_learning(path: Path) -> dict[str, Tensor]:
+    """Returns what a checkpoint was given as ``learning``."""
+    with safe_open(path, "pt") as file:
+        return {
+            name.removeprefix(_LEARNING): file.get_tensor(name)
+            for name in file.keys()  # noqa: SIM118
+            if name.startswith(_LEARNING)
+        }
+
+
+def load_checkpoint(
+    path: Path, modules: nn.Module, optimizer: Optimizer, rank: int = 0
+) -> Position:
     """Puts a checkpoint's state back; returns how far it is.
 
     Args:
         path: of the checkpoint.
         modules: student and heads as they were made from the same recipe.
         optimizer: fresh, over their parameters.
+        rank: whose generators are put back; a rank that there was not keeps its own.
 
     Raises:
         TrainingError: it is damaged, or of another student.
@@ -185,9 +223,11 @@ def load_checkpoint(path: Path, modules: nn.Module, optimizer: Optimizer) -> Pos
                 kind: value if kind == "step" else value.to(parameter.device)
                 for kind, value in own.items()
             }
-    torch.set_rng_state(tensors["random/cpu"])
-    if (device := _cuda_of(modules)) is not None and "random/cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["random/cuda"], device)
+    random = _under(tensors, _random_of(rank))
+    if "cpu" in random:
+        torch.set_rng_state(random["cpu"])
+    if (device := _cuda_of(modules)) is not None and "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"], device)
     return position
 
 

@@ -9,14 +9,27 @@ from contextlib import AbstractContextManager
 import torch
 
 from student_train.errors import TrainingError
+from student_train.ranks import Ranks
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, ranks: Ranks | None = None) -> torch.device:
     """Returns the device of ``engine.device``; ``auto`` is CUDA where there is one.
+
+    Args:
+        name: the recipe's.
+        ranks: that train together: each takes an accelerator of its own.
 
     Raises:
         TrainingError: no such device, or this machine has none.
     """
+    if ranks is not None and not ranks.is_alone and name != "cpu":
+        if name not in ("auto", "cuda"):
+            raise TrainingError(
+                "engine.device must be auto, cpu or cuda where ranks train together, "
+                f"got {name}; each takes an accelerator of its own"
+            )
+        if name == "cuda" or torch.cuda.is_available():
+            name = f"cuda:{ranks.local}"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:[0-9]+)?", name):

@@ -156,6 +156,7 @@ def _timm_config(
             "num_classes": 0,
         },
         "model_args": student.args,
+        **({"license": facts["license"]} if "license" in facts else {}),
         "teachonce": dict(facts),
     }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +117,7 @@ class Student(nn.Module):
         self.register_buffer("_shift", shift.to(torch.float32), persistent=False)
         self.register_buffer("_scale", scale.to(torch.float32), persistent=False)
         self._shapes: dict[Size, Shapes] = {}
+        self._compiled: Callable[[Tensor], Any] | None = None
         shapes = self._shapes_at(size)
         self.cls_dim, self.pooled_dim = shapes.cls_dim, shapes.pooled_dim
         self.patch_dim = shapes.patch_dim
@@ -136,11 +137,16 @@ class Student(nn.Module):
         model: Any = self.model
         image_B3HW = self.normalise(pixels_BHW3)
         if not layers:
-            features = model.forward_features(image_B3HW)
+            features = (self._compiled or model.forward_features)(image_B3HW)
             return _finish(model, features, shapes.grid)
         assert shapes.grid is not None
         features, between = _with_layers(model, image_B3HW, shapes.grid)
         return replace(_finish(model, features, shapes.grid), layers=between)
+
+    def compile_features(self) -> None:
+        """Lets torch compile the model; at the first forward of each input size."""
+        model: Any = self.model
+        self._compiled = torch.compile(model.forward_features)
 
     @property
     def has_layers(self) -> bool:

@@ -247,6 +247,18 @@ class BevHead(nn.Module):
         """Returns the layers whose outputs sum to what it gives."""
         return (self.out,)
 
+    def visible(
+        self,
+        intrinsics_B33: Tensor,
+        lidar2cam_B44: Tensor,
+        size_hw: tuple[int, int],
+    ) -> Tensor:
+        """Returns which cells the camera sees, as `forward` does: (B, R, K) bool."""
+        _, visible_BN = project_cells(
+            self.centres_N3, intrinsics_B33, lidar2cam_B44, size_hw
+        )
+        return visible_BN.reshape(len(visible_BN), *self.extent.cells, -1).any(-1)
+
     def lift(
         self,
         grid_BHWC: Tensor,

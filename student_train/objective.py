@@ -18,7 +18,8 @@ from student_train.balance import TeacherDropping
 from student_train.batches import Batch, Cameras
 from student_train.errors import TrainingError
 from student_train.features import Student, StudentFeatures
-from student_train.grids import match_grids, resize_grid
+from student_train.grids import common_size, match_grids, resize_grid
+from student_train.heads import BevHead
 from student_train.inputs import Size
 from student_train.losses import reduce, valid_images
 from student_train.target_space import TargetSpace
@@ -40,9 +41,9 @@ class Objective(nn.Module):
         heads: by target; those that use another's are not among them.
         spaces: by target of features: what is kept of the bank's statistics.
         needs_layers: whether a head looks at the student's layers.
-        total_of: from the (T,) numbers of images that count for each target here, to
-            what sums are divided by. With several ranks: the all-reduced numbers
-            divided by the number of ranks, as gradients are averaged over them.
+        total_of: from numbers of images that count here, (2 T,) float32 as kept by
+            balance and as valid for each target, to what sums are divided by. With
+            several ranks: the mean of their numbers, as gradients are averaged too.
     """
 
     def __init__(
@@ -126,8 +127,41 @@ class Objective(nn.Module):
 
     # Learning.
 
+    def counts(self, batch: Batch, input_name: str) -> Tensor:
+        """Returns what `total_of` takes of a batch, without a student: (2 T,) float32.
+
+        Args:
+            batch: whose images are counted.
+            input_name: the student's input.
+        """
+        assert self._dropping is None
+        valid = [self._counted(task, batch, input_name).sum() for task in self.tasks]
+        return torch.stack([*valid, *valid]).float()
+
+    def _counted(self, task: Task, batch: Batch, input_name: str) -> Tensor:
+        """Returns which images are valid for a target, as `_loss` does: (B,) bool."""
+        if task.label is not None:
+            mask = _label(task, batch)[1]
+        else:
+            mask = batch.targets[task.name].valid
+        if task.shape != "bev":
+            return valid_images(mask)
+        head, camera = self.heads[self._head_of[task.name]], batch.cameras[input_name]
+        assert isinstance(head, BevHead)
+        height, width = batch.inputs[input_name].shape[1:3]
+        visible = head.visible(camera.intrinsics, camera.lidar2cam, (height, width))
+        if task.label is not None:
+            return valid_images(mask & _nearest(visible, _rows_columns(mask)))
+        assert task.grid is not None
+        size = common_size(_rows_columns(visible), task.grid, task.config.grid)
+        return mask & valid_images(_nearest(visible, size))
+
     def forward(
-        self, features: StudentFeatures, batch: Batch, input_name: str
+        self,
+        features: StudentFeatures,
+        batch: Batch,
+        input_name: str,
+        totals_2T: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Returns the whole loss and each target's share of it, before its weight.
 
@@ -138,6 +172,7 @@ class Objective(nn.Module):
             features: of the student, with its layers where `needs_layers`.
             batch: what they are compared with.
             input_name: the student's input.
+            totals_2T: what sums are divided by, where the batch is a part of a step's.
         """
         pixels = batch.inputs[input_name]
         size_hw = (pixels.shape[1], pixels.shape[2])
@@ -152,17 +187,22 @@ class Objective(nn.Module):
         kept = valid
         if self._dropping is not None:
             kept = self._dropping.kept(per_image, valid, batch)
-        counts_T = torch.stack([kept[task.name].sum() for task in self.tasks])
-        totals_T = self.total_of(counts_T.float())
+        if totals_2T is None:
+            counts_2T = torch.stack(
+                [one[task.name].sum() for one in (kept, valid) for task in self.tasks]
+            )
+            totals_2T = self.total_of(counts_2T.float())
+        kept_T, valid_T = totals_2T.chunk(2)
         total = torch.stack(
             [
                 task.config.weight
                 * reduce(per_image[task.name], kept[task.name], count)
-                for task, count in zip(self.tasks, totals_T, strict=True)
+                for task, count in zip(self.tasks, kept_T, strict=True)
             ]
         ).sum()
         shares = {
-            name: reduce(one.detach(), valid[name]) for name, one in per_image.items()
+            task.name: reduce(per_image[task.name].detach(), valid[task.name], count)
+            for task, count in zip(self.tasks, valid_T, strict=True)
         }
         return total, shares
 
@@ -284,6 +324,10 @@ def _label(task: Task, batch: Batch) -> tuple[Tensor, Tensor]:
     if task.kind == "classes":
         return found, found >= 0
     return found.to(torch.float32)[..., None], ~found.isnan()
+
+
+def _rows_columns(mask_BHW: Tensor) -> Size:
+    return mask_BHW.shape[1], mask_BHW.shape[2]
 
 
 def _nearest(mask_BHW: Tensor, size: Size) -> Tensor:

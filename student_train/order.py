@@ -28,7 +28,7 @@ Int64s = npt.NDArray[np.int64]
 
 _KEPT_BLOCKS = 2
 
-_BLOCKS, _ROWS, _VIEWS, _STEPS, _DRAWS = range(5)
+_BLOCKS, _ROWS, _VIEWS, _STEPS, _DRAWS, _RANKS = range(6)
 
 
 def _words(
@@ -78,6 +78,11 @@ def view_of(block: int, epoch: int, num_views: int, seed: int) -> int:
 def draw_size(num_sizes: int, seed: int, stage: int, step: int) -> int:
     """Returns which of several input sizes a step has, by (seed, stage, step) alone."""
     return int(_words(seed, stage, _STEPS, step, 1)[0] % np.uint64(num_sizes))
+
+
+def rank_seed(seed: int, step: int, rank: int) -> int:
+    """Returns where a rank's dropout starts, by (seed, step, rank) alone."""
+    return int(_words(seed, step, _RANKS, rank, 1)[0] >> np.uint64(1))
 
 
 def row_draws(

@@ -22,8 +22,13 @@ from student_train.errors import TrainingError
 _RECORD = "run.json"
 _LOCK = "run.lock"
 # Fields of a recipe that change how fast it runs, not what it learns.
-_FREE = ("run", "banks", "checkpoints", "engine")
-_FREE_OF = {"data": ("shards",), "loader": ("threads", "workers", "prefetch")}
+_FREE = ("run", "banks", "checkpoints", "engine", "require_license")
+_FREE_OF = {
+    "data": ("shards",),
+    "loader": ("threads", "workers", "prefetch"),
+    "student": ("checkpointing",),
+}
+_FREE_OF_STAGES = ("accumulate",)
 # Fields that came later, and what was meant before: runs begun then go on.
 _LATER = {"data": {"inputs": "shards"}}
 
@@ -53,6 +58,11 @@ class RunFolder:
     def student(self) -> Path:
         """Folder of the student when training is done."""
         return self.path / "student"
+
+    @property
+    def averaged(self) -> Path:
+        """Folder of the student with averaged weights, where the recipe has `ema`."""
+        return self.path / "student-ema"
 
     @property
     def heads(self) -> Path:
@@ -161,6 +171,10 @@ def _essential(record: Mapping[str, Any]) -> dict[str, Any]:
             for k, v in held.items()
             if k not in names and (k not in later or v != later[k])
         }
+    recipe["stages"] = [
+        {k: v for k, v in stage.items() if k not in _FREE_OF_STAGES}
+        for stage in recipe["stages"]
+    ]
     rest = {k: v for k, v in record.items() if k not in ("recipe", "result")}
     return {"recipe": recipe, **rest}
 

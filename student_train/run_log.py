@@ -25,8 +25,21 @@ _COLUMNS = ("step", "stage", "epoch", "lr", "samples_per_s", "wait_share", "loss
 class RunLog:
     """A run's log, open to go on after a step."""
 
-    def __init__(self, folder: Path, targets: Sequence[str], step: int) -> None:
-        """Opens the log, without what it says of steps after ``step``."""
+    def __init__(
+        self, folder: Path, targets: Sequence[str], step: int, is_kept: bool = True
+    ) -> None:
+        """Opens the log, without what it says of steps after ``step``.
+
+        Args:
+            folder: of the run.
+            targets: their names, a column each.
+            step: that the run goes on from.
+            is_kept: False for a rank that writes nothing.
+        """
+        self._is_kept = is_kept
+        self._last: dict[str, float] = {}
+        if not is_kept:
+            return
         columns = [*_COLUMNS, *(f"loss.{name}" for name in targets)]
         kept = [row for row in read_log(folder) if row["step"] <= step]
         folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +54,7 @@ class RunLog:
         self._file.flush()
         # Now and not before: a run killed meanwhile still has its log.
         temporary.replace(path)
-        self._last: dict[str, float] = {
+        self._last = {
             name: value
             for name, value in (kept[-1] if kept else {}).items()
             if name.startswith("loss")
@@ -61,6 +74,8 @@ class RunLog:
         wait_share: float,
     ) -> None:
         """Adds a line about a step."""
+        if not self._is_kept:
+            return
         self._last = {"loss": loss} | {
             f"loss.{name}": float(share) for name, share in shares.items()
         }
@@ -85,6 +100,8 @@ class RunLog:
 
     def close(self) -> None:
         """Closes the files."""
+        if not self._is_kept:
+            return
         self._file.close()
         self._board.close()
 

@@ -8,27 +8,26 @@ bit for bit: order, augmentation and dropout are functions of what a checkpoint 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import math
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
-from pathlib import Path
+import os
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from manifests.loading import digest
 from manifests.recipe import Recipe, StageConfig
 from pipeline.bank.open import Bank, open_bank
-from pipeline.bank.shard_copies import shards_of
 from student_train.batches import Batch
 from student_train.checkpoints import (
     Position,
     latest_checkpoint,
     load_checkpoint,
+    random_state,
+    read_learning,
+    read_position,
     save_checkpoint,
     save_heads,
 )
@@ -38,8 +37,23 @@ from student_train.errors import TrainingError
 from student_train.export import export_student
 from student_train.features import Student
 from student_train.inputs import Size
+from student_train.learning import Learner, Modules, Step
+from student_train.licences import (
+    check_licences,
+    licence_facts,
+    student_licences,
+)
+from student_train.model_modes import (
+    compile_features,
+    forget_activations,
+    share_batch_norms,
+)
 from student_train.objective import Objective
 from student_train.optimizers import make_optimizer
+from student_train.order import rank_seed
+from student_train.outcome import Outcome, Progress
+from student_train.ranks import Ranks
+from student_train.run_facts import run_facts
 from student_train.run_folder import RunFolder
 from student_train.run_log import Meter, RunLog
 from student_train.schedules import lr_at
@@ -49,59 +63,18 @@ from student_train.students import make_student, seeded
 from student_train.tasks import Task, reading_of, resolve_tasks
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What is said of a step while training runs.
-
-    Attributes:
-        position: after the step.
-        stage: name of the stage.
-        loss: of the step's batch.
-        samples_per_s: since the last report.
-        wait_share: of the time since then that went by waiting for data.
-    """
-
-    position: Position
-    stage: str
-    loss: float
-    samples_per_s: float
-    wait_share: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a run came to.
-
-    Attributes:
-        folder: of the run.
-        is_done: whether all stages are done.
-        result: steps, seconds, samples per second, share of waiting, last losses.
-    """
-
-    folder: Path
-    is_done: bool
-    result: dict[str, Any]
-
-
-class Modules(nn.Module):
-    """Student and heads as one module: what a checkpoint holds."""
-
-    def __init__(self, student: Student, objective: Objective) -> None:
-        """Takes both."""
-        super().__init__()
-        self.student = student
-        self.objective = objective
-
-
 class Trainer:
     """One run of a recipe."""
 
-    def __init__(self, recipe: Recipe, bank: Bank | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, bank: Bank | None = None, ranks: Ranks | None = None
+    ) -> None:
         """Checks the recipe against bank and shards and builds everything but batches.
 
         Args:
             recipe: with absolute paths.
             bank: opened already, or None.
+            ranks: that train together, joined; alone if omitted.
 
         Raises:
             TrainingError: what the recipe asks cannot be had; nothing was written.
@@ -110,8 +83,12 @@ class Trainer:
         self.recipe = recipe
         (url,) = recipe.banks.values()
         self.bank = bank or open_bank(url)
-        self.device = choose_device(recipe.engine.device)
+        self.ranks = ranks or Ranks()
+        self.device = choose_device(recipe.engine.device, self.ranks)
         self.tasks: tuple[Task, ...] = resolve_tasks(recipe, self.bank)
+        self.licences = student_licences(self.bank, self.tasks)
+        if recipe.require_license is not None:
+            check_licences(self.licences, recipe.require_license)
         self.folder = RunFolder(recipe.run)
         if recipe.engine.threads is not None:
             torch.set_num_threads(recipe.engine.threads)
@@ -130,7 +107,13 @@ class Trainer:
         if latest_checkpoint(self.folder.checkpoints) is None:
             objective.fit(self.bank)
         self._has_begun = False
+        share_batch_norms(self.modules, self.device, self.ranks)
         self.modules.to(self.device)
+        if recipe.student.checkpointing:
+            forget_activations(student)
+        if recipe.engine.compile:
+            compile_features(student, objective)
+        self._learner: Learner | None = None
         self._rows = select_rows(self.bank, recipe.data.rows, "data.rows")
         self.datasets = [
             self._dataset(stage, sizes)
@@ -142,11 +125,12 @@ class Trainer:
         ]
         for dataset in self.datasets:
             lanes = dataset.order(0).num_lanes
-            if recipe.loader.workers and lanes % recipe.loader.workers:
+            count, workers = self.ranks.count, recipe.loader.workers
+            if lanes % (count * max(1, workers)):
                 raise TrainingError(
                     "loader.window_blocks (or the batch, if smaller) must be a "
-                    f"multiple of loader.workers, got {lanes} for "
-                    f"{recipe.loader.workers} workers"
+                    f"multiple of ranks x loader.workers, got {lanes} for {count} "
+                    f"ranks and {workers} workers"
                 )
         for stage, steps in zip(recipe.stages, self.stage_steps, strict=True):
             if stage.warmup_steps >= steps:
@@ -173,10 +157,16 @@ class Trainer:
             view=recipe.loader.view,
             window_blocks=recipe.loader.window_blocks,
             seed=recipe.seed,
-            threads=recipe.loader.threads,
+            rank=self.ranks.number,
+            world_size=self.ranks.count,
+            threads=recipe.loader.threads or self._fair_threads(),
             prefetch=recipe.loader.prefetch,
             pin_memory=self.device.type == "cuda",
         )
+
+    def _fair_threads(self) -> int:
+        """Returns this rank's part of the machine's cores."""
+        return max(1, len(os.sched_getaffinity(0)) // self.ranks.local_count)
 
     # Running.
 
@@ -197,15 +187,15 @@ class Trainer:
             BankError: a block is missing or damaged.
             StorageError: the folder cannot be written to.
         """
-        with self.folder.alone():
-            self.folder.claim(self.recipe, self._facts())
-            held = self.folder.read().get("result")
+        with self._claimed() as held:
             if held is not None:
                 return Outcome(self.folder.path, True, held)
             optimizer = make_optimizer(self.recipe.optimizer, self.modules)
-            position = self._begin(optimizer)
+            with self.ranks.as_one():
+                position = self._begin(optimizer)
+            self._learner = self._make_learner(position)
             columns = [task.name for task in self.tasks]
-            log = RunLog(self.folder.path, columns, position.step)
+            log = RunLog(self.folder.path, columns, position.step, self.ranks.is_first)
             meter = Meter()
             with contextlib.closing(log):
                 while position.stage < len(self.recipe.stages):
@@ -214,7 +204,7 @@ class Trainer:
                         for progress in steps:
                             position = progress.position
                             on_step(progress)
-                            if should_stop():
+                            if self.ranks.any(should_stop()):
                                 self._save(position, optimizer)
                                 result = meter.result(position)
                                 return Outcome(self.folder.path, False, result)
@@ -222,13 +212,31 @@ class Trainer:
                     # Each stage has an optimiser of its own, also after a resume here.
                     optimizer = make_optimizer(self.recipe.optimizer, self.modules)
                     self._save(position, optimizer)
-            return self._finish(position, meter, log)
+            with self.ranks.as_one():
+                return self._finish(position, meter, log)
+
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[dict[str, Any] | None]:
+        """Keeps the folder for this run; yields the result that it holds, if any."""
+        held: dict[str, Any] | None = None
+        with contextlib.ExitStack() as stack:
+            with self.ranks.as_one():
+                if self.ranks.is_first:
+                    stack.enter_context(self.folder.alone())
+                    self.folder.claim(self.recipe, self._facts())
+                    held = self.folder.read().get("result")
+            yield self.ranks.gather(held)[0]
 
     def _begin(self, optimizer: Optimizer) -> Position:
         """Returns where training stands, with everything as it was there."""
         checkpoint = latest_checkpoint(self.folder.checkpoints)
+        number = self.ranks.number
         if checkpoint is not None:
-            return load_checkpoint(checkpoint, self.modules, optimizer)
+            if number:
+                # Where fewer ranks trained, there is no state for this one.
+                step = read_position(checkpoint).step
+                torch.manual_seed(rank_seed(self.recipe.seed, step, number))
+            return load_checkpoint(checkpoint, self.modules, optimizer, number)
         if self._has_begun:
             raise TrainingError(
                 f"run {self.folder.path} must start from weights that are not trained, "
@@ -237,10 +245,33 @@ class Trainer:
         self._has_begun = True
         torch.manual_seed(self.recipe.seed)
         torch.set_rng_state(self._random)
+        if number:
+            torch.manual_seed(rank_seed(self.recipe.seed, 0, number))
         return Position()
 
+    def _make_learner(self, position: Position) -> Learner:
+        """Returns what makes steps, as it was at a position that is loaded."""
+        learner = Learner(self.recipe, self.modules, self.device, self.ranks)
+        checkpoint = latest_checkpoint(self.folder.checkpoints)
+        if position.step and checkpoint is not None:
+            with self.ranks.as_one():
+                learner.load_state(read_learning(checkpoint))
+        return learner
+
     def _save(self, position: Position, optimizer: Optimizer) -> None:
-        save_checkpoint(self.folder.checkpoints, position, self.modules, optimizer)
+        random = self.ranks.gather(random_state(self.modules))
+        with self.ranks.as_one():
+            if self.ranks.is_first:
+                assert self._learner is not None
+                save_checkpoint(
+                    self.folder.checkpoints,
+                    position,
+                    self.modules,
+                    optimizer,
+                    random,
+                    self._learner.state(),
+                    self._made_from(),
+                )
 
     def _next_stage(self, position: Position) -> Position:
         """Returns where the next stage starts: an epoch of its own, in its batches."""
@@ -273,26 +304,19 @@ class Trainer:
                     stage.schedule,
                     stage.final_lr,
                 )
-                with meter.waiting():
+                with meter.waiting(), self.ranks.as_one():
                     batch = next(batches)
-                loss, norm, shares = self.step(batch, optimizer, rate)
+                step = self.step(batch, optimizer, rate, stage.accumulate)
                 position = _after(position, dataset.num_steps)
-                meter.count(len(batch))
-                value = float(loss)
-                # A gradient may overflow while its loss does not: no checkpoint of it.
-                if not math.isfinite(value) or not torch.isfinite(norm):
-                    raise TrainingError(
-                        f"loss and gradient must be finite, got {value} and a norm of "
-                        f"{float(norm)} at step {position.step} "
-                        f"({', '.join(f'{k} {float(v)}' for k, v in shares.items())});"
-                        " lower the learning rate or look at the rows "
-                        f"{batch.rows[:8].tolist()} ..."
-                    )
+                meter.count(stage.batch)
+                value = self._check(step, position, batch)
                 is_last = position.stage_step == total
                 # Before the checkpoint: what is not logged by then is never made again.
                 if position.step % recipe.checkpoints.log_steps == 0 or is_last:
                     speed, share = meter.lap()
-                    log.write(position, stage.name, rate, value, shares, speed, share)
+                    log.write(
+                        position, stage.name, rate, value, step.shares, speed, share
+                    )
                 if position.step % recipe.checkpoints.every_steps == 0:
                     self._save(position, optimizer)
                 yield Progress(
@@ -304,28 +328,26 @@ class Trainer:
                 )
 
     def step(
-        self, batch: Batch, optimizer: Optimizer, rate: float
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self, batch: Batch, optimizer: Optimizer, rate: float, parts: int = 1
+    ) -> Step:
         """Makes one step; returns loss, norm of its gradient and shares before it."""
-        recipe = self.recipe
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = batch.to(self.device)
-        is_half = recipe.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=is_half):
-            features = self.student(
-                batch.inputs[recipe.student.input],
-                layers=self.modules.objective.needs_layers,
-            )
-            loss, shares = self.modules.objective(features, batch, recipe.student.input)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        limit = recipe.optimizer.clip_norm
-        norm = nn.utils.clip_grad_norm_(
-            self.modules.parameters(), math.inf if limit is None else limit
+        if self._learner is None:
+            self._learner = self._make_learner(Position())
+        return self._learner.step(batch, optimizer, rate, parts)
+
+    def _check(self, step: Step, position: Position, batch: Batch) -> float:
+        """Returns the loss of a step that went well."""
+        value = float(step.loss)
+        # A gradient may overflow while its loss does not: no checkpoint of it.
+        if math.isfinite(value) and (step.is_skipped or torch.isfinite(step.norm)):
+            return value
+        raise TrainingError(
+            f"loss and gradient must be finite, got {value} and a norm of "
+            f"{float(step.norm)} at step {position.step} "
+            f"({', '.join(f'{k} {float(v)}' for k, v in step.shares.items())});"
+            " lower the learning rate or look at the rows "
+            f"{batch.rows[:8].tolist()} ..."
         )
-        optimizer.step()
-        return loss.detach(), norm, shares
 
     # What is kept.
 
@@ -333,45 +355,36 @@ class Trainer:
         """Returns what the weights depend on besides the recipe: the bank's state."""
         return {
             "rows": [dataset.num_rows for dataset in self.datasets],
-            "data": self._data_digest(),
             "steps": self.stage_steps,
-            **self._copies_facts(),
-            "sources": {
-                task.name: [task.path, self.bank.pass_of(task.path).fingerprint]
-                for task in self.tasks
-                if task.path is not None
-            },
+            **run_facts(self.recipe, self.bank, self.tasks, self._rows),
         }
 
-    def _copies_facts(self) -> dict[str, Any]:
-        """Returns which copies of its input the student learns from, if it does."""
-        if self.recipe.data.inputs != "bank":
-            return {}
-        path = self.bank.stored_path(self.recipe.student.input)
-        return {"copies": [path, self.bank.pass_of(path).fingerprint]}
-
-    def _data_digest(self) -> str:
-        """Returns what tells the rows and their shards from any others."""
-        rows = np.flatnonzero(self._rows)
-        shards = [
-            [shard.name, shard.size_bytes, shard.headers_sha256, shard.first_block]
-            for shard in shards_of(self.bank, rows)
-        ]
-        return digest(
-            [shards, hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()]
-        )
+    def _made_from(self) -> dict[str, Any]:
+        """Returns what tells these weights from others, and whose they are."""
+        return {
+            "recipe": digest(self.recipe.model_dump(mode="json", by_alias=True)),
+            "bank": self.bank.url,
+            "bank_state": digest(self._facts()),
+            **licence_facts(self.licences),
+        }
 
     def _finish(self, position: Position, meter: Meter, log: RunLog) -> Outcome:
         result = meter.result(position) | {"losses": log.last_losses()}
+        if not self.ranks.is_first:
+            return Outcome(self.folder.path, True, result)
         facts = {
-            "recipe": digest(self.recipe.model_dump(mode="json", by_alias=True)),
-            "bank": self.bank.url,
+            **self._made_from(),
             "input": self.recipe.student.input,
             "steps": position.step,
             "targets": {task.name: task.config.source for task in self.tasks},
         }
         save_heads(self.folder.heads, self.modules.objective.head_state())
         export_student(self.student, self.recipe.student, self.folder.student, facts)
+        if self.recipe.ema is not None:
+            assert self._learner is not None
+            averaged = self._learner.averaged()
+            facts["weights"] = f"averaged over steps, decay {self.recipe.ema.decay}"
+            export_student(averaged, self.recipe.student, self.folder.averaged, facts)
         self.folder.finish(result)
         return Outcome(self.folder.path, True, result)
 

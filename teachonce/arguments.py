@@ -131,6 +131,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     document_arguments(train, "recipe")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.add_argument(
+        "--require-license",
+        nargs="+",
+        metavar="NAME",
+        help="refuse data or teachers under any other licence, such as apache-2.0; "
+        "behind overrides",
+    )
     train.add_argument("--json", action="store_true", help=_COMMON_HELP)
     probe = verb(
         "probe",

@@ -139,12 +139,21 @@ def find_licence(text: str | None) -> Licence:
     """
     if not text or not text.strip():
         return Licence(NOT_STATED, Restriction.UNKNOWN, "")
-    parts = [part.strip().lower().removeprefix(_TRAINED_ON) for part in text.split(";")]
     restriction, url = max(
-        (_KNOWN.get(part, (Restriction.UNKNOWN, "")) for part in parts),
+        (_KNOWN.get(part, (Restriction.UNKNOWN, "")) for part in identifiers(text)),
         key=lambda found: found[0],
     )
     return Licence(text.strip(), restriction, url)
+
+
+def identifiers(text: str | None) -> list[str]:
+    """Returns the identifiers that a licence is told by, in lower case.
+
+    Args:
+        text: one or several, joined by ``;``; of none it is ``not stated``.
+    """
+    parts = [part.strip().lower() for part in (text or "").split(";")]
+    return [part.removeprefix(_TRAINED_ON) for part in parts if part] or [NOT_STATED]
 
 
 def strictest(licences: Iterable[Licence]) -> Licence:

@@ -10,8 +10,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from manifests.errors import ManifestError
 from manifests.recipe_loading import load_recipe
-from student_train.trainer import Outcome, Progress, Trainer
+from student_train.outcome import Outcome, Progress
+from student_train.ranks import joined
+from student_train.trainer import Trainer
 from teachonce.verbs import text
 
 
@@ -94,8 +97,20 @@ def print_outcome(trainer: Trainer, outcome: Outcome) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Trains; exit 1 where it was stopped before the end."""
-    trainer = Trainer(load_recipe(args.recipe, args.overrides))
-    outcome = train(trainer, args.quiet or args.json)
+    recipe = load_recipe(args.recipe, args.overrides)
+    if args.require_license:
+        if taken := [name for name in args.require_license if "=" in name]:
+            raise ManifestError(
+                f"--require-license must be names of licences, got {taken[0]}; write "
+                "overrides before it"
+            )
+        recipe = recipe.model_copy(update={"require_license": args.require_license})
+    with joined(recipe.engine.device) as ranks:
+        with ranks.as_one():
+            trainer = Trainer(recipe, ranks=ranks)
+        outcome = train(trainer, args.quiet or args.json or not ranks.is_first)
+    if not ranks.is_first:
+        return 0 if outcome.is_done else 1
     if args.json:
         text.print_json(facts_of(trainer, outcome))
     else:

@@ -281,7 +281,7 @@ def test_places_that_are_not_there(tmp_path, override, message):
             "targets.cls.normalise: must be 'none', 'standardise', 'phi_s' or 'whiten'",
         ),
         (with_target(grid="same"), "targets.cls.grid: must be 'larger', 'smaller', "),
-        ({"precision": "float16"}, "precision: must be 'float32' or 'bfloat16'"),
+        ({"precision": "float64"}, "precision: must be 'float32', 'bfloat16' or "),
         ({"seed": -1}, "seed: input should be greater than or equal to 0"),
         ({"seed": 2**63}, "seed: input should be less than 9223372036854775808"),
         ({"student": {"model": "timm:x"}}, "student.input: missing, it must be given"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -206,11 +207,12 @@ def spoil(monkeypatch, at, how):
 
     def spoiled(self, *arguments):
         count.append(1)
-        loss, norm, shares = step(self, *arguments)
+        found = step(self, *arguments)
         if len(count) == at:
             bad = torch.tensor(math.nan)
-            loss, norm = (bad, norm) if how == "loss" else (loss, bad + math.inf)
-        return loss, norm, shares
+            spoiled = {"loss": bad} if how == "loss" else {"norm": bad + math.inf}
+            found = replace(found, **spoiled)
+        return found
 
     monkeypatch.setattr(trainer_module.Trainer, "step", spoiled)
 
