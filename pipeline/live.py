@@ -106,7 +106,13 @@ class LivePass:
         }
         with torch.inference_mode():
             found = self.teacher.forward(batch, parse_size(size))
-            values = {name: _to_numpy(found[name]) for name in found}
+            # What was encoded anew from rounded values is float32, whatever the
+            # teacher computes in.
+            wide = {o.name for o in self.outputs if o.encoding.dtype == "float32"}
+            values = {
+                name: _to_numpy(tensor.float() if name in wide else tensor)
+                for name, tensor in found.items()
+            }
         for output in self.outputs:
             if output.size != size or output.kind == "index":
                 continue

@@ -124,7 +124,11 @@ def _part_of_output(
     size = specs[0].block_rows if rows is None else rows.block_rows
     if encoding is not None:
         arrays = encoding.arrays(layout.level_path(entry, output.size), size)
-        changes: dict[str, Any] = {"encoding": encoding.to_json()}
+        # Of values that were rounded before, the type is no longer the teacher's.
+        changes: dict[str, Any] = {
+            "encoding": encoding.to_json(),
+            "dtype": encoding.dtype,
+        }
     else:
         chunks = (chunk_rows_for(spec.row_bytes, size) for spec in specs)
         arrays = tuple(

@@ -177,6 +177,20 @@ def test_what_was_rounded_is_rounded_once_more_and_says_so(tmp_path):
     assert "held as half, then compact (**rounded" in (twice / "README.md").read_text()
 
 
+def test_rounded_values_of_a_teacher_in_bfloat16_are_float32(tmp_path):
+    bank, job = make_bank(tmp_path, "bfloat16", patch={"from": "body"})
+    small, part = tmp_path / "small", tmp_path / "part"
+    export(str(bank), str(small), Selection(encodings={PATCH: "compact"}))
+    assert open_bank(str(small)).output(PATCH).dtype == "bfloat16"
+    chosen = Selection(encodings={PATCH: "tiny"}, fraction=0.7)
+    export(str(small), str(part), chosen)
+    check_sound(part)
+    assert open_bank(str(part)).output(PATCH).dtype == "float32"
+    found = recheck(str(part), 10, job=load_job(str(job)))
+    assert found.holds, found
+    assert main(["diff", str(small), str(part)]) == 1
+
+
 def test_a_row_that_an_encoding_refuses_is_missing_in_its_pass(tmp_path):
     bank, _ = make_bank(tmp_path, model="Wide")
     part = tmp_path / "part"
