@@ -350,7 +350,9 @@ def test_devices(refused, plain, monkeypatch):
 def test_lanes_that_workers_cannot_share(refused, plain):
     line = refused(plain, "loader.workers=2", "loader.window_blocks=3")
     matches(
-        line, "window_blocks .* must be a multiple of loader.workers, got 3 for 2 w"
+        line,
+        "window_blocks .* must be a multiple of ranks x loader.workers, got 3 for 1 "
+        "ranks and 2 workers",
     )
 
 

@@ -34,7 +34,8 @@ class LiveTarget:
     live: torch.Tensor
     valid: torch.Tensor
 
-    def values(self) -> torch.Tensor:
+    def values(self, temperature: float | None = None) -> torch.Tensor:
+        assert temperature is None
         return self.live
 
 
@@ -80,15 +81,6 @@ class LiveTeachers:
         return live.forward(size, {"image": np.stack(pixels)})
 
 
-def standardised(bank: Bank, path: str, values: np.ndarray) -> torch.Tensor:
-    """By the bank's statistics; the floor is DESIGN's: 0.01 x the median."""
-    found = bank.statistics(path)
-    std = np.sqrt(found["variance"])
-    std = np.maximum(std, 0.01 * np.median(std))
-    exact = (values.astype(np.float64) - found["mean"]) / std
-    return torch.from_numpy(exact.astype(np.float32))
-
-
 def live_loader(bank: Bank, paths: dict[str, str], view, num_rows: list[int]):
     """A loader as the trainer's own, whose targets come from live teachers."""
     teachers = LiveTeachers(bank)
@@ -115,9 +107,7 @@ def live_loader(bank: Bank, paths: dict[str, str], view, num_rows: list[int]):
             batch.targets.update(
                 {
                     name: LiveTarget(
-                        torch.from_numpy(values[path])
-                        if path.endswith("logits")
-                        else standardised(bank, path, values[path]),
+                        torch.from_numpy(values[path]),
                         torch.ones(len(batch), dtype=torch.bool),
                     )
                     for name, path in paths.items()

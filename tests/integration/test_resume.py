@@ -85,6 +85,8 @@ def test_ctrl_c_ends_at_once_and_it_goes_on(full, forked, tmp_path):
         text=True,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        # A shell that runs this in the background has it ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     while not list(bank.glob("rows/rows/*")) and time.monotonic() < deadline:
